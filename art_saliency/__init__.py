@@ -1,0 +1,74 @@
+"""
+Saliency- and feature-based adversarial defences for the Adversarial Robustness Toolbox, evaluated with the real AutoAttack.
+
+    from art_saliency import AdvGSCTTrainer
+    trainer = AdvGSCTTrainer(classifier, eps=8 / 255)   # an ART PyTorchClassifier
+    trainer.fit(x_train, y_train, nb_epochs=20)
+
+Names are imported when they are first used, so that ``import art_saliency`` and ``art-saliency --help`` cost nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from art_saliency._version import __version__
+
+if TYPE_CHECKING:
+    from art_saliency.data import Augmentation, DataSet, load_data
+    from art_saliency.evaluation.accuracy import accuracy, pgd_accuracy
+    from art_saliency.evaluation.autoattack import AutoAttackResult, autoattack
+    from art_saliency.networks import build_network
+    from art_saliency.threat import ThreatModel
+    from art_saliency.trainers.methods import AdvGSCTTrainer, FGSMTrainer, PGDATTrainer, StandardTrainer
+    from art_saliency.trainers.runs import load, save
+
+_HOME = {
+    "AdvGSCTTrainer": "trainers.methods",
+    "Augmentation": "data",
+    "AutoAttackResult": "evaluation.autoattack",
+    "DataSet": "data",
+    "FGSMTrainer": "trainers.methods",
+    "PGDATTrainer": "trainers.methods",
+    "StandardTrainer": "trainers.methods",
+    "ThreatModel": "threat",
+    "accuracy": "evaluation.accuracy",
+    "autoattack": "evaluation.autoattack",
+    "build_network": "networks",
+    "load": "trainers.runs",
+    "load_data": "data",
+    "pgd_accuracy": "evaluation.accuracy",
+    "save": "trainers.runs",
+}
+
+__all__ = [
+    "AdvGSCTTrainer",
+    "Augmentation",
+    "AutoAttackResult",
+    "DataSet",
+    "FGSMTrainer",
+    "PGDATTrainer",
+    "StandardTrainer",
+    "ThreatModel",
+    "__version__",
+    "accuracy",
+    "autoattack",
+    "build_network",
+    "load",
+    "load_data",
+    "pgd_accuracy",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"art_saliency.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'art_saliency' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

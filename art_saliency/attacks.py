@@ -1,0 +1,157 @@
+"""
+Gradient attacks: one function each, tensors in, tensors out, on the device of their input.
+
+Every attack leaves the network as it was: train/eval flags, ``requires_grad`` and ``param.grad`` are restored or never
+touched. Attacks run in eval mode, as in ART, so BatchNorm neither couples samples nor moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from art_saliency import _checks
+from art_saliency.gradients import input_gradient
+from art_saliency.modes import evaluating, frozen
+from art_saliency.randomness import RandomSource
+from art_saliency.threat import ThreatModel
+
+__all__ = ["LOSSES", "AttackLoss", "attack_loss", "cross_entropy", "dlr", "fgsm", "margin", "pgd"]
+
+AttackLoss = Callable[[Tensor, Tensor], Tensor]
+"""(logits (N, K), y (N,) or (N, K)) -> (N,), to be maximised."""
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """:return: (N,) cross-entropy; `y` may be indices or soft labels."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def _true_and_best_wrong(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    index = (y if y.ndim == 1 else y.argmax(1))[:, None]
+    return logits.gather(1, index)[:, 0], logits.scatter(1, index, -torch.inf).amax(1)
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """:return: (N,) best wrong logit minus true logit: above 0 where the sample is misclassified (Carlini and Wagner 2017)."""
+    true, wrong = _true_and_best_wrong(logits, y)
+    return wrong - true
+
+
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """
+    Difference of logits ratio (Croce and Hein 2020, eq. 6): the margin divided by the spread of the three highest logits.
+
+    :return: (N,), unchanged when logits are shifted or scaled.
+    """
+    if logits.shape[1] < 3:
+        raise _checks.refuse("dlr", f"{logits.shape[1]} classes", "at least 3", "use the margin loss")
+    top = logits.topk(3, dim=1).values
+    return margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+LOSSES: dict[str, AttackLoss] = {"cross-entropy": cross_entropy, "margin": margin, "dlr": dlr}
+
+
+def attack_loss(loss: str | AttackLoss) -> AttackLoss:
+    """:return: The loss of that name, or the callable itself."""
+    return loss if callable(loss) else LOSSES[_checks.one_of("loss", loss, LOSSES)]
+
+
+def _ascend(
+    model: nn.Module, start: Tensor, x: Tensor, y: Tensor, threat: ThreatModel, max_iter: int, eps_step: float, loss: AttackLoss
+) -> Tensor:
+    """The inner maximisation: steepest ascent from `start`, projected after each step."""
+    x_adv = start
+    for _ in range(max_iter):
+        with torch.enable_grad():
+            x_adv = x_adv.detach().requires_grad_(True)
+            gradient = input_gradient(loss(model(x_adv), y).sum(), x_adv)
+        x_adv = threat.project(x_adv.detach() + eps_step * threat.ascent_direction(gradient), x)
+    return x_adv.detach()
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat: ThreatModel,
+    max_iter: int = 10,
+    eps_step: float | None = None,
+    restarts: int = 1,
+    random_start: bool = True,
+    loss: str | AttackLoss = "cross-entropy",
+    random: RandomSource | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    """
+    Projected gradient descent (Madry et al. 2018).
+
+    :param model: Maps (N, C, H, W) in [0, 1] to logits (N, K).
+    :param x: (N, C, H, W) in [0, 1].
+    :param y: (N,) int64, or (N, K) soft labels for the cross-entropy.
+    :param threat: Norm and radius; a radius of 0 returns `x`.
+    :param max_iter: Steps.
+    :param eps_step: Length of a step in [0, 1] pixel units; ``None`` is 2.5 * eps / max_iter.
+    :param restarts: Independent starts; the worst of each sample is kept. One start costs no extra forward pass.
+    :param random_start: Whether to start at a random point of the ball.
+    :param loss: ``"cross-entropy"``, ``"margin"``, ``"dlr"`` or any :data:`AttackLoss`.
+    :param random: Where random numbers come from; ``None`` is torch's global generator.
+    :param start: (N, C, H, W), the first start, projected into the threat model; further restarts are as without it.
+    :return: (N, C, H, W) in [0, 1], within the threat model, detached.
+    """
+    _checks.whole("max_iter", max_iter)
+    _checks.whole("restarts", restarts, least=1)
+    step = 2.5 * threat.eps / max(max_iter, 1) if eps_step is None else _checks.real("eps_step", eps_step, least=0)
+    objective = attack_loss(loss)
+    x = x.detach()
+    if threat.eps == 0:
+        return x.clone()
+    with evaluating(model), frozen(model):
+        best = best_score = best_fooled = None
+        for restart in range(restarts):
+            if restart == 0 and start is not None:
+                first = threat.project(start, x)
+            else:
+                first = threat.random_start(x, random) if random_start else x
+            x_adv = _ascend(model, first, x, y, threat, max_iter, step, objective)
+            if restarts == 1:
+                return x_adv
+            with torch.no_grad():
+                logits = model(x_adv)
+                score, fooled = objective(logits, y), margin(logits, y) > 0
+            if best is None:
+                best, best_score, best_fooled = x_adv, score, fooled
+                continue
+            better = (fooled & ~best_fooled) | ((fooled == best_fooled) & (score > best_score))
+            best = torch.where(better.view(-1, *[1] * (x.ndim - 1)), x_adv, best)
+            best_score, best_fooled = torch.where(better, score, best_score), fooled | best_fooled
+    assert best is not None
+    return best
+
+
+def fgsm(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat: ThreatModel,
+    eps_step: float | None = None,
+    random_start: bool = False,
+    loss: str | AttackLoss = "cross-entropy",
+    random: RandomSource | None = None,
+) -> Tensor:
+    """
+    The fast gradient (sign) method (Goodfellow et al. 2015): one step of :func:`pgd`.
+
+    :param eps_step: ``None`` is eps. With a random start, 1.25 * eps is the FGSM-RS of Wong et al. 2020.
+    :return: (N, C, H, W) in [0, 1], within the threat model, detached. The other parameters are those of :func:`pgd`.
+    """
+    step = threat.eps if eps_step is None else eps_step
+    return pgd(
+        model, x, y, threat=threat, max_iter=1, eps_step=step, random_start=random_start, loss=loss, random=random
+    )

@@ -1,0 +1,49 @@
+"""The command line: one file a command. Heavy imports happen when a command runs, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from art_saliency._version import __version__
+from art_saliency.cli import evaluate, quickstart, train
+from art_saliency.errors import ArtSaliencyError
+
+__all__ = ["main", "make_parser"]
+
+_COMMANDS = (quickstart, train, evaluate)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """:return: The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="art-saliency",
+        description="Train classifiers with saliency- and feature-based adversarial defences, and learn the truth about them.",
+        epilog="Start here:\n  art-saliency quickstart\n\nThen:\n  art-saliency train adv-gsct --data mnist.npz --eps 0.2 --out "
+        "runs/mnist\n  art-saliency evaluate runs/mnist",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"art-saliency {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for command in _COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run a command.
+
+    :param argv: The words after ``art-saliency``; ``None`` takes the process's own.
+    :return: 0, 2 for an error that was explained, 130 when interrupted.
+    """
+    args = make_parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except ArtSaliencyError as error:
+        print(f"art-saliency {args.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"art-saliency {args.command}: interrupted", file=sys.stderr)
+        return 130

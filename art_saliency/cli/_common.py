@@ -1,0 +1,55 @@
+"""Options and small steps that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["add_run_options", "fraction", "pick_device", "say"]
+
+
+def fraction(text: str) -> float:
+    """Read a number such as ``0.3`` or ``8/255``. :return: It. :raises argparse.ArgumentTypeError: When it is neither."""
+    try:
+        above, _, below = text.partition("/")
+        return float(above) / float(below) if below else float(above)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number such as 0.3 or 8/255") from None
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device``, ``--seed``, ``--quiet`` and ``--force``."""
+    group = parser.add_argument_group("every command")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: a GPU when there is one)")
+    group.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    group.add_argument("--quiet", action="store_true", help="no progress, only results")
+    group.add_argument("--force", action="store_true", help="replace files that are there")
+
+
+def pick_device(name: str) -> torch.device:
+    """:return: The device of that name; one that is not there is refused."""
+    import torch
+
+    from art_saliency import _checks
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise _checks.refuse("--device", repr(name), "auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise _checks.refuse("--device", repr(name), "auto, cpu, cuda or cuda:N", "ART runs on these only")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise _checks.refuse("--device", repr(name), f"one of the {torch.cuda.device_count()} GPUs here", "use --device cpu")
+    return device
+
+
+def say(args: Any, text: str) -> None:
+    """Tell what is going on, on the error stream, unless ``--quiet``."""
+    if not args.quiet:
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,197 @@
+"""``art-saliency train METHOD``: train a network by any method on any data, into a folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from art_saliency.cli._common import add_run_options, fraction, pick_device, say
+
+_RECIPES = {"sgd": 0.1, "adam": 0.01}
+
+
+def add_parser(commands: Any) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "train",
+        help="train a network by one of the methods",
+        description="Trains a network by one of the methods and writes a folder with weights.pt and run.json.",
+        epilog="Examples:\n"
+        "  art-saliency train adv-gsct --data digits --eps 0.2 --out runs/digits\n"
+        "  art-saliency train pgd-at --data mnist.npz --eps 0.3 --set max_iter=20 --out runs/mnist\n"
+        "  art-saliency train adv-gsct --data cifar10 --network resnet18 --eps 8/255 --augment crop-flip --epochs 30 --out runs/c10\n"
+        "  art-saliency train trades --data images/ --size 64 --network my_package.nets:make --weights start.pt --eps 4/255 --out runs/own",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("method", metavar="METHOD", help="standard, fgsm-rs, pgd-at, adv-gsct, ...")
+    parser.add_argument("--out", required=True, help="folder for the run")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", default="digits", help="digits, mnist, cifar10, cifar100, svhn, FILE.npz, or a folder (default: %(default)s)")
+    data.add_argument("--data-root", help="where torchvision's sets lie or are downloaded to")
+    data.add_argument("--download", action="store_true", help="let torchvision download the set")
+    data.add_argument("--size", type=int, help="side of the images that a folder of pictures is brought to")
+    data.add_argument("--validation-split", type=float, default=0.1, help="share of the training images held out (default: %(default)s)")
+    data.add_argument("--augment", default="none", help="none, flip, crop or crop-flip, on the device (default: %(default)s)")
+    network = parser.add_argument_group("network")
+    network.add_argument("--network", help="a name, or package.module:factory (default: by the image size)")
+    network.add_argument("--activation", default="relu", help="relu, silu, gelu, softplus (default: %(default)s)")
+    network.add_argument("--width", type=int, help="channels of the first stage")
+    network.add_argument("--normalise", action="store_true", help="put the training images' mean and deviation into the network")
+    network.add_argument("--weights", help="a state dict to start from")
+    method = parser.add_argument_group("method")
+    method.add_argument("--eps", type=fraction, required=True, help="radius of the threat model, such as 8/255, of the pixel range [0, 1]")
+    method.add_argument("--norm", default="Linf", help="Linf or L2 (default: %(default)s)")
+    method.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method; may be repeated")
+    run_group = parser.add_argument_group("run")
+    run_group.add_argument("--epochs", type=int, default=20, help="passes over the data (default: %(default)s)")
+    run_group.add_argument("--batch-size", type=int, default=128, help="images a step (default: %(default)s)")
+    run_group.add_argument("--optimizer", choices=sorted(_RECIPES), help="default: adam for small-cnn, else sgd")
+    run_group.add_argument("--lr", type=float, help="highest learning rate (default: 0.01 for adam, 0.1 for sgd)")
+    run_group.add_argument("--weight-decay", type=float, help="default: 0 for adam, 5e-4 for sgd")
+    run_group.add_argument("--scheduler", default="onecycle", help="onecycle, cosine, step or none (default: %(default)s)")
+    run_group.add_argument("--grad-clip", type=float, help="the greatest norm of the gradient")
+    run_group.add_argument("--precision", default="32-true", help="32-true or bf16-mixed (default: %(default)s)")
+    run_group.add_argument("--deterministic", action="store_true", help="only kernels whose results repeat bit for bit")
+    add_run_options(parser)
+    parser.set_defaults(run=run)
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    """Read ``--set NAME=VALUE``: JSON where it is JSON, a fraction where it is one, else a word."""
+    from art_saliency import _checks
+
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise _checks.refuse("--set", repr(pair), "NAME=VALUE, such as --set rho=0.2")
+        try:
+            settings[name] = json.loads(text)
+        except ValueError:
+            try:
+                settings[name] = fraction(text)
+            except argparse.ArgumentTypeError:
+                settings[name] = text
+    return settings
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it. :return: 0."""
+    import torch
+
+    from art_saliency import _checks
+    from art_saliency.augmentation import augmentation_by_name
+    from art_saliency.data import load_data
+    from art_saliency.files import read_tensors
+    from art_saliency.networks import build_network, default_network
+    from art_saliency.trainers.methods import TRAINERS
+    from art_saliency.trainers.runs import claim_folder, make_classifier, save
+
+    trainer_class = TRAINERS[_checks.one_of("METHOD", args.method, TRAINERS)]
+    settings = {"eps": args.eps, "norm": args.norm, **_settings(args.set)}
+    trainer_class.objective_class(**_known(trainer_class, settings))  # refused before any data is read
+    device = pick_device(args.device)
+    _checks.whole("--seed", args.seed)
+    augment = None if args.augment == "none" else augmentation_by_name(args.augment)
+    folder = claim_folder(args.out, force=args.force)
+
+    data = load_data(args.data, root=args.data_root, download=args.download, size=args.size)
+    train, validation = data.split(args.validation_split, args.seed) if args.validation_split else ((data.x_train, data.y_train), None)
+    name = args.network or default_network(data.input_shape)
+    network: dict[str, Any] = {
+        "name": name,
+        "num_classes": data.num_classes,
+        "input_shape": list(data.input_shape),
+        "activation": args.activation,
+        "width": args.width,
+        "mean": list(data.mean()) if args.normalise else None,
+        "std": list(data.std()) if args.normalise else None,
+    }
+    torch.manual_seed(args.seed)
+    model = build_network(name, **{key: value for key, value in network.items() if key != "name"})
+    if args.weights:
+        _load_weights(model, read_tensors(_path(args.weights)), args.weights)
+    optimizer = _optimizer(model, args, name)
+    classifier = make_classifier(
+        model, input_shape=data.input_shape, num_classes=data.num_classes, optimizer=optimizer, device=device
+    )
+    trainer = trainer_class(classifier, **settings)
+    held_out = 0 if validation is None else len(validation[0])
+    say(args, f"{args.method} on {data.name}: {len(train[0])} training images, {held_out} held out; {name}; {args.norm} eps {args.eps:g}; {device}")
+    trainer.fit(
+        *train,
+        validation_data=validation,
+        batch_size=args.batch_size,
+        nb_epochs=args.epochs,
+        scheduler=None if args.scheduler == "none" else args.scheduler,
+        seed=args.seed,
+        augment=augment,
+        grad_clip=args.grad_clip,
+        precision=args.precision,
+        deterministic=args.deterministic,
+        verbose=not args.quiet,
+    )
+    save(
+        folder,
+        classifier,
+        network=network,
+        method=args.method,
+        settings=trainer.objective.config(),
+        data={"spec": _spec(args.data), "root": args.data_root, "size": args.size, "fingerprint": data.fingerprint()},
+        history=trainer.history,
+        force=True,  # claimed above, before the work
+    )
+    last = trainer.history[-1]
+    robust = last.get("validation_robust_accuracy")
+    print(
+        f"{folder}: training accuracy {last['train_accuracy']:.1%}"
+        + (f", validation {last['validation_accuracy']:.1%} clean" if "validation_accuracy" in last else "")
+        + (f" and {robust:.1%} under PGD-10" if robust is not None else "")
+        + f". Next: art-saliency evaluate {folder}"
+    )
+    return 0
+
+
+def _known(trainer_class: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    from art_saliency import _checks
+
+    _checks.no_unknown("--set", settings, trainer_class.objective_class.parameter_names())
+    return settings
+
+
+def _path(name: str) -> Any:
+    from pathlib import Path
+
+    return Path(name)
+
+
+def _spec(data: str) -> str:
+    """A file's or folder's absolute path, so that ``evaluate`` finds it from anywhere; a name as it is."""
+    from pathlib import Path
+
+    return str(Path(data).resolve()) if Path(data).exists() else data
+
+
+def _load_weights(model: Any, weights: dict[str, Any], source: str) -> None:
+    from art_saliency.errors import CheckpointError
+
+    state = weights.get("state_dict", weights)
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise CheckpointError(f"{source}: these weights do not fit the network: {' '.join(lines[1:3]) or lines[0]}") from error
+
+
+def _optimizer(model: Any, args: argparse.Namespace, network: str) -> Any:
+    import torch
+
+    from art_saliency import _checks
+
+    kind = args.optimizer or ("adam" if network == "small-cnn" else "sgd")
+    lr = _RECIPES[kind] if args.lr is None else _checks.real("--lr", args.lr, above=0)
+    decay = (0.0 if kind == "adam" else 5e-4) if args.weight_decay is None else _checks.real("--weight-decay", args.weight_decay, least=0)
+    if kind == "adam":
+        return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=decay)
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=decay)

@@ -1,0 +1,486 @@
+"""
+Data sets by one call: ``load_data("digits")``, torchvision's by name, ``.npz`` files, folders of ``.npy``, folders of images.
+
+Pixels stay as the source has them: uint8 for 0 to 255, else float32 in [0, 1]. Normalisation belongs to the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from art_saliency import _checks
+from art_saliency.errors import ArtSaliencyError, CheckpointError, InputError
+from art_saliency.randomness import RandomSource
+
+__all__ = ["NAMES", "DataSet", "image_folder_loader", "load_data", "stratified_split", "to_unit"]
+
+NAMES = ("digits", "cifar10", "cifar100", "svhn", "mnist")
+"""Sets known by name; all but the embedded digits are torchvision's."""
+
+MEMORY_LIMIT = 8 << 30
+"""Bytes of pixels up to which a folder of images is read into memory; :func:`image_folder_loader` streams any number."""
+
+_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+_CHUNK = 1 << 24  # pixels read at a time, so that a memory-mapped set is never in memory as a whole
+
+
+def to_unit(x: Tensor) -> Tensor:
+    """:return: uint8 pixels as float32 in [0, 1], on their device; anything else as it is."""
+    return x.float().div_(255) if x.dtype == torch.uint8 else x
+
+
+def stratified_split(y: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """
+    Set `count` images aside at random, of every class its share as nearly as whole images allow.
+
+    :param y: (N,) int64.
+    :param count: How many to set aside, 1 to N - 1.
+    :return: Places of the images that are kept and of those set aside, int64, ascending.
+    """
+    _checks.whole("count", count, least=1, most=len(y) - 1)
+    # Legacy RandomState: the only generator of these libraries whose numbers are promised never to change.
+    random = np.random.RandomState(_checks.whole("seed", seed, most=2**32 - 1))
+    labels = y.cpu().numpy()
+    sizes = np.bincount(labels)
+    shares = sizes * count / len(labels)
+    quota = np.floor(shares).astype(np.int64)
+    # The images still missing come from the classes with the largest remainders; a class of a single image comes last.
+    remainders = np.where(sizes > 1, shares - quota, shares - quota - 1)
+    classes = random.permutation(len(sizes))
+    quota[classes[np.argsort(-remainders[classes], kind="stable")[: count - quota.sum()]]] += 1
+    aside = np.zeros(len(labels), dtype=bool)
+    order = random.permutation(len(labels))
+    for label, number in enumerate(quota):
+        aside[order[labels[order] == label][:number]] = True
+    return torch.from_numpy(np.flatnonzero(~aside)), torch.from_numpy(np.flatnonzero(aside))
+
+
+@dataclass(frozen=True, eq=False)
+class DataSet:
+    """
+    A training and a test set. Arrays that came from ``.npy`` files are mapped from the disk: do not write into them.
+
+    :ivar x_train: (N, C, H, W), uint8, or float32 in [0, 1].
+    :ivar y_train: (N,) int64.
+    :ivar x_test: As `x_train`.
+    :ivar y_test: As `y_train`.
+    :ivar class_names: One an index, where the source names its classes; else empty.
+    """
+
+    name: str
+    x_train: Tensor = field(repr=False)
+    y_train: Tensor = field(repr=False)
+    x_test: Tensor = field(repr=False)
+    y_test: Tensor = field(repr=False)
+    num_classes: int
+    class_names: tuple[str, ...] = field(default=(), repr=False)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        channels, height, width = self.x_train.shape[1:]
+        return channels, height, width
+
+    def fingerprint(self) -> str:
+        """:return: The sha256 of the four arrays, in hex: equal for equal images and labels, wherever they were read from."""
+        digest = hashlib.sha256()
+        for array in _ARRAYS:
+            tensor = getattr(self, array)
+            digest.update(f"{array} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            for chunk in _chunks(tensor):
+                digest.update(chunk.contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def mean(self) -> tuple[float, ...]:
+        """:return: The mean of each channel over the training images, in units of [0, 1]."""
+        return tuple(self._moment(lambda pixels: pixels).tolist())
+
+    def std(self) -> tuple[float, ...]:
+        """:return: The standard deviation of each channel over all training pixels, in units of [0, 1]."""
+        mean = torch.tensor(self.mean(), dtype=torch.float64).view(1, -1, 1, 1)
+        return tuple(self._moment(lambda pixels: (pixels - mean).square()).sqrt().tolist())
+
+    def _moment(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """The mean of a function of each channel's pixels, in float64."""
+        total = torch.zeros(self.input_shape[0], dtype=torch.float64)
+        for chunk in _chunks(self.x_train):
+            total += function(chunk.double() / (255 if chunk.dtype == torch.uint8 else 1)).sum((0, 2, 3))
+        return total / (self.x_train.numel() / self.input_shape[0])
+
+    def split(self, validation_split: float, seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """
+        Set a part of the *training* set aside for validation, stratified; the test set is not touched.
+
+        :param validation_split: The share to set aside, above 0 and below 1; at least one image.
+        :return: (x, y) to train on and (x, y) to validate on, both copies.
+        """
+        share = _checks.real("validation_split", validation_split, above=0, below=1)
+        count = len(self.y_train)
+        if count < 2:
+            raise _checks.refuse("validation_split", f"a training set of {count} image", "at least 2 images")
+        parts = stratified_split(self.y_train, min(max(1, round(share * count)), count - 1), seed)
+        train, validation = ((self.x_train[index], self.y_train[index]) for index in parts)
+        return train, validation
+
+
+def _chunks(tensor: Tensor) -> Iterator[Tensor]:
+    return iter(tensor.split(max(1, _CHUNK // max(1, tensor[0].numel()))))
+
+
+def load_data(
+    spec: str | os.PathLike[str],
+    *,
+    root: str | os.PathLike[str] | None = None,
+    download: bool = False,
+    size: int | None = None,
+    layout: str | None = None,
+    num_classes: int | None = None,
+) -> DataSet:
+    """
+    Read a data set.
+
+    :param spec: One of :data:`NAMES`; or the path of a ``.npz`` file with ``x_train, y_train, x_test, y_test``; of a folder of four
+        ``.npy`` files with those names, which are memory-mapped; or of a folder of images, ``train/CLASS/*.png`` and the same
+        classes in ``test/`` or, where there is none, ``val/``. Arrays of images are (N, H, W), (N, H, W, C) or (N, C, H, W) with
+        1 or 3 channels; labels are indices or one-hot.
+    :param root: Where torchvision keeps its sets; ``None`` is ``~/.cache/art_saliency``.
+    :param download: Whether a set of torchvision's that is not there is fetched.
+    :param size: Side in pixels to which a folder's images are resized and cropped; ``None`` takes them as they are.
+    :param layout: ``"NCHW"`` or ``"NHWC"``, for arrays whose shape could be either.
+    :param num_classes: For arrays whose training labels do not show every class; ``None`` counts them.
+    :raises CheckpointError: When a file is missing or damaged.
+    :raises InputError: When what it holds is not a data set, or no set has that name.
+    """
+    if layout is not None:
+        _checks.one_of("layout", layout, ("NCHW", "NHWC"))
+    if num_classes is not None:
+        _checks.whole("num_classes", num_classes, least=2)
+    if not isinstance(spec, (str, os.PathLike)):
+        raise _checks.refuse("data", repr(spec), "a name or a path")
+    name, path = os.fspath(spec), Path(spec).expanduser()
+    kind = "name" if name in NAMES else _kind(path)
+    for keyword, value, taker in (
+        ("size", size, "images"),
+        ("layout", layout, "arrays"),
+        ("num_classes", num_classes, "arrays"),
+    ):
+        if value is not None and kind != taker:
+            raise _checks.refuse(keyword, repr(value), f"None for {name!r}", f"it is for {_SOURCES[taker]}")
+    if name == "digits":
+        return _digits()
+    if kind == "name":
+        return _torchvision(name, Path("~/.cache/art_saliency" if root is None else root).expanduser(), download)
+    if kind == "images":
+        return _image_folder(name, path, size)
+    return _data_set(name, _read_npy(path) if path.is_dir() else _read_npz(path), layout, num_classes)
+
+
+_SOURCES = {"images": "folders of images", "arrays": ".npz files and folders of .npy files"}
+
+
+def _digits() -> DataSet:
+    """scikit-learn's 1,797 digits, 8x8: 1,437 to train on, 360 to test on, the same ones everywhere."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    x = torch.from_numpy(digits.images).float()[:, None] / 16  # 0 to 16, so exact in float32
+    y = torch.from_numpy(digits.target).long()
+    train, test = stratified_split(y, 360, seed=0)
+    return DataSet("digits", x[train], y[train], x[test], y[test], 10, tuple("0123456789"))
+
+
+def _torchvision(name: str, root: Path, download: bool) -> DataSet:
+    datasets = _checks.optional("torchvision.datasets", "vision", f"reading {name}")
+    make = getattr(datasets, {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "svhn": "SVHN", "mnist": "MNIST"}[name])
+    arrays: dict[str, Any] = {}
+    for part in ("train", "test"):
+        which = {"split": part} if name == "svhn" else {"train": part == "train"}
+        remedy = (
+            "look at the connection" if download else f"say download=True to fetch {name}, or where it is with root"
+        )
+        with _reading(root, remedy):
+            source = make(root, download=download, **which)
+            labels = source.labels if name == "svhn" else source.targets
+            arrays[f"x_{part}"], arrays[f"y_{part}"] = np.asarray(source.data), np.asarray(labels)
+    classes = tuple(getattr(source, "classes", "0123456789"))
+    return _data_set(name, arrays, None, len(classes), classes)
+
+
+def _kind(path: Path) -> str:
+    """Whether a path holds "arrays" or "images"."""
+    if path.is_file():
+        return "arrays"
+    if not path.is_dir():
+        known = f"one of {', '.join(map(repr, NAMES))}, a .npz file, or a folder of .npy files or of images"
+        if path.suffix or len(path.parts) > 1:
+            raise CheckpointError(f"data: got {str(path)!r}, which does not exist, expected {known}; check the path")
+        raise InputError(f"data: got {str(path)!r}, expected {known}{_checks.suggestion(path, NAMES)}")
+    if any(path.glob("*.npy")):
+        return "arrays"
+    if (path / "train").is_dir():
+        return "images"
+    present = sorted(entry.name for entry in path.iterdir())
+    raise _checks.refuse(
+        str(path), _listed(present), f"{', '.join(f'{name}.npy' for name in _ARRAYS)}, or train/CLASS/*.png"
+    )
+
+
+def _listed(names: Collection[str]) -> str:
+    """Names in one line, the first few of many."""
+    shown = ", ".join(list(names)[:6])
+    return f"{shown} and {len(names) - 6} more" if len(names) > 6 else shown or "nothing"
+
+
+@contextmanager
+def _reading(source: str | Path, remedy: str) -> Iterator[None]:
+    """Whatever a parser raises on a file that it cannot read (a dozen types do) becomes one error that names the file."""
+    try:
+        yield
+    except ArtSaliencyError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        got = f"what cannot be read ({type(error).__name__}: {reason})"
+        raise CheckpointError(str(_checks.refuse(str(source), got, "a whole, undamaged file", remedy))) from error
+
+
+def _all_present(path: Path, present: Collection[str]) -> None:
+    if not set(_ARRAYS) <= set(present):
+        raise _checks.refuse(str(path), f"arrays {_listed(present)}", ", ".join(_ARRAYS), "save them under these names")
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    with _reading(path, "write it again with numpy.savez"):
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise _checks.refuse(str(path), "a single array", "a .npz file", "write it with numpy.savez")
+        with archive:
+            _all_present(path, archive.files)
+            return {name: archive[name] for name in _ARRAYS}
+
+
+def _read_npy(path: Path) -> dict[str, Any]:
+    _all_present(path, sorted(file.stem for file in path.glob("*.npy")))
+    arrays = {}
+    for name in _ARRAYS:
+        file = path / f"{name}.npy"
+        with _reading(file, "write it again with numpy.save"):
+            arrays[name] = np.load(file, mmap_mode="r", allow_pickle=False)
+    return arrays
+
+
+def _data_set(
+    name: str, arrays: dict[str, Any], layout: str | None, num_classes: int | None, class_names: tuple[str, ...] = ()
+) -> DataSet:
+    """Check four arrays and bring them into form."""
+    x_train, x_test = (_pixels(key, arrays[key], layout) for key in ("x_train", "x_test"))
+    if x_train.shape[1:] != x_test.shape[1:] or x_train.dtype != x_test.dtype:
+        got, expected = (f"{x.dtype} images of shape {tuple(x.shape[1:])}" for x in (x_test, x_train))
+        raise _checks.refuse("x_test", got, f"{expected} as in x_train")
+    classes = _class_count(arrays["y_train"]) if num_classes is None else num_classes
+    y_train, y_test = (
+        _checks.labels(_as_int64(arrays[key]), len(x), classes, name=key, soft=False)
+        for key, x in (("y_train", x_train), ("y_test", x_test))
+    )
+    return DataSet(name, x_train, y_train, x_test, y_test, classes, class_names)
+
+
+def _pixels(name: str, array: Any, layout: str | None) -> Tensor:
+    """:return: (N, C, H, W) uint8, or float32 in [0, 1]; a view where the array is memory-mapped."""
+    mapped = isinstance(array, np.memmap)
+    accepted = array.dtype in (np.uint8, np.float32) if mapped else array.dtype == np.uint8 or array.dtype.kind == "f"
+    if not accepted:
+        remedy = "a mapped array is not converted: save it as one of these" if mapped else "convert it with astype"
+        raise _checks.refuse(name, f"dtype {array.dtype}", "uint8 from 0 to 255 or float32 in [0, 1]", remedy)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor is it written
+        tensor = torch.from_numpy(array)
+    tensor = _checks.images(_channels_first(name, tensor, layout), name=name, allow_uint8=True)
+    return tensor if mapped else tensor.to(torch.uint8 if tensor.dtype == torch.uint8 else torch.float32).contiguous()
+
+
+def _channels_first(name: str, x: Tensor, layout: str | None) -> Tensor:
+    shape = tuple(x.shape)
+    if x.ndim == 3 and 0 not in shape[1:]:
+        return x[:, None]
+    axes = {"NCHW": 1, "NHWC": 3} if layout is None else {layout: {"NCHW": 1, "NHWC": 3}[layout]}
+    fitting = [name for name, axis in axes.items() if x.ndim == 4 and shape[axis] in (1, 3) and 0 not in shape[1:]]
+    if not fitting:
+        known = layout or "(N, H, W), (N, H, W, C) or (N, C, H, W)"
+        raise _checks.refuse(name, f"shape {shape}", f"{known} with 1 or 3 channels", "reshape it to images")
+    if len(fitting) == 2:
+        raise _checks.refuse(name, f"shape {shape}", "1 or 3 channels on one side only", "say layout='NCHW' or 'NHWC'")
+    return x if fitting == ["NCHW"] else x.permute(0, 3, 1, 2)
+
+
+def _as_int64(y: Any) -> Any:
+    return y.astype(np.int64) if y.dtype.kind in "iu" else y
+
+
+def _class_count(y: Any) -> int:
+    """How many classes training labels show: the columns of rows, or one more than the greatest index."""
+    labels = _checks.as_tensor("y_train", _as_int64(y))
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        return labels.shape[1]
+    finite = labels[torch.isfinite(labels)]  # what is not finite, or is no index, is refused with the other labels
+    least, most = (int(finite.min()), int(finite.max())) if finite.numel() else (0, 0)
+    if least > 0:
+        remedy = f"subtract {least}, or say num_classes={most + 1} if the classes below have no image"
+        raise _checks.refuse("y_train", f"labels from {least} to {most}", "labels that begin at 0", remedy)
+    if most < 1:
+        raise _checks.refuse("y_train", "one class", "at least 2 classes", "say num_classes if others have no image")
+    return most + 1
+
+
+def image_folder_loader(
+    folder: str | os.PathLike[str],
+    *,
+    size: int,
+    batch_size: int,
+    train: bool,
+    resize: int | None = None,
+    num_workers: int = 0,
+    seed: int = 0,
+) -> DataLoader[Any]:
+    """
+    Stream a folder of images that is too large for memory. Classes are numbered in the order of their sorted names.
+
+    Order and crops depend on the seed and the epoch alone: not on the workers, nor on anybody else's random numbers.
+    Flips are the :class:`~art_saliency.augmentation.Augmentation`'s, on the device.
+
+    :param folder: Holds ``train/CLASS/*.png`` and the same classes in ``test/`` or, where there is none, ``val/``; one will do.
+    :param size: Side of the images in pixels.
+    :param train: Whether ``train/`` is read, in a random order, each image by a random resized crop, a last batch of one image
+        left out (BatchNorm has no variance for it); else ``test/`` or ``val/``, in order, resized and cropped at the centre.
+    :param resize: The shorter side before that central crop; ``None`` is `size`. ImageNet is evaluated with 256 for 224.
+    :param num_workers: Processes that decode.
+    :return: A loader of (B, 3, size, size) uint8 and (B,) int64; ``loader.dataset.classes`` are the names.
+    """
+    _checks.whole("size", size, least=1)
+    _checks.whole("batch_size", batch_size, least=1)
+    shorter = size if resize is None else _checks.whole("resize", resize, least=size)
+    images = _SeededImages(_images_of(Path(folder).expanduser(), train, _crop(size, shorter, at_random=train)))
+    workers = _checks.whole("num_workers", num_workers)
+    return DataLoader(
+        images,
+        batch_sampler=_SeededBatches(len(images), batch_size, train, _checks.whole("seed", seed)),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own, or every epoch would move torch's global one
+    )
+
+
+class _SeededImages(Dataset[tuple[Tensor, int]]):
+    """Images by (place, seed of the crop)."""
+
+    def __init__(self, images: Any) -> None:
+        self.images, self.classes = images, tuple(images.classes)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        place, seed = key
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would move a GPU's generator as well
+            image, label = self.images[place]
+        return image, label
+
+
+class _SeededBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (place, seed of the crop), a new order and new seeds each epoch."""
+
+    def __init__(self, count: int, batch_size: int, train: bool, seed: int) -> None:
+        self.count, self.batch_size, self.train, self.random = count, min(batch_size, count), train, RandomSource(seed)
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.count, self.batch_size)
+        return whole + (rest > 1 if self.train else rest > 0)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = self.random.permutation(self.count) if self.train else torch.arange(self.count)
+        seeds = torch.randint(1 << 62, (self.count,), generator=self.random.generator)
+        pairs = list(zip(order.tolist(), seeds.tolist(), strict=True))
+        for batch in range(len(self)):
+            yield pairs[batch * self.batch_size : (batch + 1) * self.batch_size]
+
+
+def _image_folder(name: str, path: Path, size: int | None) -> DataSet:
+    """The whole folder in memory, as uint8."""
+    if size is not None:
+        _checks.whole("size", size, least=1)
+    arrays: dict[str, Any] = {}
+    for part in ("train", "test"):
+        images = _images_of(path, part == "train", _crop(size, size))
+        arrays[f"x_{part}"], arrays[f"y_{part}"] = _decoded_all(images), np.asarray(images.targets)
+    return _data_set(name, arrays, "NCHW", len(images.classes), tuple(images.classes))
+
+
+def _decoded_all(images: Any) -> Any:
+    first = images[0][0]
+    if len(images) * first.numel() > MEMORY_LIMIT:
+        got = f"{len(images):,} images of {first.shape[1]}x{first.shape[2]} pixels"
+        expected = f"at most {MEMORY_LIMIT / (1 << 30):g} GiB to keep in memory"
+        raise _checks.refuse(images.root, got, expected, "say a smaller size, or stream them with image_folder_loader")
+    x = torch.empty((len(images), *first.shape), dtype=torch.uint8)
+    for place, (file, _) in enumerate(images.samples):
+        image = images[place][0]
+        if image.shape != first.shape:
+            got, expected = (f"{each.shape[1]}x{each.shape[2]} pixels" for each in (image, first))
+            raise _checks.refuse(file, got, f"{expected} as in {images.samples[0][0]}", "say size=")
+        x[place] = image
+    return x.numpy()
+
+
+def _images_of(path: Path, train: bool, transform: Callable[[Any], Any]) -> Any:
+    """:return: torchvision's ImageFolder of ``train/``, or of ``test/`` or ``val/``, with the same classes in both where both are there."""
+    datasets = _checks.optional("torchvision.datasets", "vision", "reading a folder of images")
+    folders = path / "train", path / "test" if (path / "test").is_dir() else path / "val"
+    folder = folders[0 if train else 1]
+    if not folder.is_dir():
+        expected = str(folder) if train else f"{path / 'test'} or {folder}"
+        raise CheckpointError(str(_checks.refuse(str(path), "no such folder", expected, "put CLASS/*.png into it")))
+    learned, met = (
+        {entry.name for entry in os.scandir(each) if entry.is_dir()} if each.is_dir() else None for each in folders
+    )
+    if learned is not None and met is not None and learned != met:
+        missing, unknown = _listed(sorted(learned - met)), _listed(sorted(met - learned))
+        got = f"classes that lack {missing} and add {unknown}"
+        raise _checks.refuse(str(folders[1]), got, f"those of {folders[0]}", "give both the same folders")
+    if not (learned if train else met):
+        raise _checks.refuse(str(folder), "no folder in it", "one for each class", "put CLASS/*.png into it")
+    images = datasets.ImageFolder(folder, transform=transform, loader=_decoded, allow_empty=True)
+    empty = sorted(set(images.classes) - {images.classes[label] for label in set(images.targets)})
+    if empty:
+        raise _checks.refuse(str(folder), f"no image in {_listed(empty)}", "at least one in each class")
+    return images
+
+
+def _crop(size: int | None, shorter: int | None, *, at_random: bool = False) -> Any:
+    """:return: A transform of a decoded image to (3, size, size) uint8; with no size, the image as it is."""
+    v2 = _checks.optional("torchvision.transforms.v2", "vision", "resizing images")
+    if size is None:
+        return v2.PILToTensor()
+    crop = [v2.RandomResizedCrop(size)] if at_random else [v2.Resize(shorter), v2.CenterCrop(size)]
+    return v2.Compose([*crop, v2.PILToTensor()])
+
+
+def _decoded(file: str) -> Any:
+    image = _checks.optional("PIL.Image", "vision", "reading images")
+    with _reading(file, "replace or remove it"), image.open(file) as opened:
+        if opened.mode in ("I", "F") or opened.mode.startswith("I;"):  # converting would cut off all above 255
+            raise _checks.refuse(file, f"pixels of mode {opened.mode!r}", "8 bits a channel", "convert the image")
+        return opened.convert("RGB")

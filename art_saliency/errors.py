@@ -1,0 +1,65 @@
+"""What can go wrong, as types. Every message says what was got, what was expected and what to do."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArtSaliencyError",
+    "CheckpointError",
+    "InputError",
+    "MissingDependencyError",
+    "NoEffectWarning",
+    "NonFiniteLossError",
+    "UnknownOptionError",
+    "UnsupportedModelError",
+]
+
+
+class ArtSaliencyError(Exception):
+    """The base of every error this package raises on purpose."""
+
+
+class InputError(ArtSaliencyError, ValueError):
+    """An argument, an array or a label outside what is accepted. Nothing was changed."""
+
+
+class UnknownOptionError(ArtSaliencyError, TypeError):
+    """A keyword or a name that does not exist."""
+
+
+class UnsupportedModelError(ArtSaliencyError, TypeError):
+    """A network, classifier or preprocessing chain that cannot be used as asked: it has no gradients, say."""
+
+
+class CheckpointError(ArtSaliencyError, OSError):
+    """A file or folder that is missing, damaged, or not what it claims to be."""
+
+
+class MissingDependencyError(ArtSaliencyError, ImportError):
+    """An optional package is not installed; the message names the extra that installs it."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package {package!r}, which is not installed; "
+            f"run: pip install 'art-saliency[{extra}]'"
+        )
+
+
+class NonFiniteLossError(ArtSaliencyError, ArithmeticError):
+    """
+    Training met a loss or a weight that is NaN or infinite and stopped.
+
+    :ivar term: The name of the first loss term that was not finite (``"weights"`` when the loss was still finite).
+    :ivar step: The optimizer step, counted from 0 over the whole run, at which it was first seen.
+    """
+
+    def __init__(self, term: str, step: int, epoch: int, restored_step: int) -> None:
+        self.term, self.step, self.epoch = term, step, epoch
+        super().__init__(
+            f"{term!r} became NaN or infinite at step {step} (epoch {epoch}); training stopped and the weights of "
+            f"step {restored_step}, the last ones known to be finite, are in the classifier. Lower the learning rate or "
+            f"the weight of the term, or set grad_clip"
+        )
+
+
+class NoEffectWarning(UserWarning):
+    """Something was asked for that changed nothing."""

@@ -1,0 +1,214 @@
+"""
+Exact resumption: every call of an inner attack is remembered on disk.
+
+AutoAttack reseeds torch with its seed in every call of an inner attack, so what a call returns depends on the network, the
+settings, its images and labels, and, for a randomised network, on the state of the random generators when it begins. All
+of that stands in the key. What it leaves behind (images, generator states, warnings) stands in the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from art_saliency import _checks
+from art_saliency.evaluation._autoattack_backend import Messages
+from art_saliency.evaluation._autoattack_guard import random_state, set_random_state
+
+_FINGERPRINT = "fingerprint.json"
+
+# The inner attacks of an AutoAttack object, and what its list calls them at the moment of a call.
+_INNER: dict[str, Callable[[Any], str]] = {
+    "apgd": lambda attack: f"apgd-{attack.loss}",
+    "apgd_targeted": lambda attack: "apgd-t",
+    "fab": lambda attack: "fab-t" if attack.targeted else "fab",
+    "square": lambda attack: "square",
+}
+
+
+def tensors_sha256(tensors: Iterable[tuple[str, Any]]) -> str:
+    """:return: SHA-256 over names, dtypes, shapes and bytes; what is not a tensor (a module's extra state) counts by its repr."""
+    digest = hashlib.sha256()
+    for name, value in tensors:
+        if not isinstance(value, Tensor):
+            digest.update(f"{name}|{value!r}|".encode())
+            continue
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """:return: SHA-256 of the network's state_dict, whatever its order."""
+    return tensors_sha256(sorted(model.state_dict().items()))
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all, wherever the process is killed."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(draft, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    """Whether two settings agree; logits (nested lists) may differ by rounding, as they do on a GPU."""
+    if not isinstance(ours, list) or not isinstance(theirs, list) or not isinstance(ours[0], list):
+        return bool(ours == theirs)
+    a, b = torch.tensor(ours), torch.tensor(theirs)
+    return a.shape == b.shape and bool((a - b).abs().max() <= 1e-3 * a.abs().max())
+
+
+class Memory:
+    """
+    A folder that holds what one evaluation has computed so far.
+
+    :param folder: Made when it is not there.
+    :param fingerprint: Everything that decides the result, by name, JSON-able.
+    :raises InputError: When the folder was begun with other settings; the message names each that differs.
+    """
+
+    def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
+        self.folder = folder
+        if folder.exists() and not folder.is_dir():
+            raise _checks.refuse("state_dir", f"{str(folder)!r}, a file", "a folder, or a path where one can be made")
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            begun = json.loads((folder / _FINGERPRINT).read_bytes())
+        except (
+            FileNotFoundError,
+            ValueError,
+        ):  # new, or damaged: what lies there is then recomputed, its keys will not fit
+            begun = json.loads(json.dumps(fingerprint))
+            _write(folder / _FINGERPRINT, json.dumps(begun, indent=1).encode())
+        differing = [name for name in fingerprint if not _same(fingerprint[name], begun.get(name))]
+        if differing:
+            values = (
+                f"{n} ({begun.get(n)!r} there, {fingerprint[n]!r} here)" if n != "logits" else n for n in differing
+            )
+            raise _checks.refuse(
+                "state_dir",
+                f"{str(folder)!r}, begun by an evaluation that differs in {', '.join(values)}",
+                "the folder of this very evaluation",
+                "name another folder, or the settings it was begun with",
+            )
+        self._identity = json.dumps(begun, sort_keys=True)
+
+    def key(self, attack: str, call: int, x: Tensor, y: Tensor) -> str:
+        """:return: SHA-256 of everything that the call's outcome depends on."""
+        state = random_state()
+        generators = [
+            ("torch", state["torch"]),
+            *(("cuda", s) for s in state["cuda"]),
+            ("other", (state["python"], state["numpy"])),
+        ]
+        return tensors_sha256([("run", self._identity), ("call", (attack, call)), ("x", x), ("y", y), *generators])
+
+    def recall(self, attack: str, call: int, key: str, device: torch.device) -> dict[str, Any] | None:
+        """:return: What :meth:`keep` was given; None when there is nothing, or it is damaged, or it belongs to another key."""
+        try:
+            seal, _, content = self._path(attack, call).read_bytes().partition(b"\n")
+            # torch does not check the sums in its files: a flipped bit would come back as a pixel.
+            if seal != hashlib.sha256(content).hexdigest().encode():
+                return None
+            known: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+        except FileNotFoundError:
+            return None
+        return {**known, "x_adv": known["x_adv"].to(device)} if known["key"] == key else None
+
+    def keep(self, attack: str, call: int, **outcome: Any) -> None:
+        """Write a call's outcome: ``key``, ``x_adv``, ``random``, ``warnings``, ``seconds``."""
+        buffer = io.BytesIO()
+        torch.save(outcome, buffer)
+        content = buffer.getvalue()
+        _write(self._path(attack, call), hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+
+    def _path(self, attack: str, call: int) -> Path:
+        return self.folder / f"{call:05d}-{attack}.pt"
+
+
+@dataclass
+class Tally:
+    """How many images an attack was given, and how many of them AutoAttack then saw misclassified."""
+
+    attacked: int = 0
+    fooled: int = 0
+
+
+class Calls:
+    """
+    Sees every call of the inner attacks of one AutoAttack object; counts, and with a memory, remembers.
+
+    :param seen: Called after each, with the attack's name and the tallies.
+    :ivar tallies: By attack, in the order in which they ran.
+    :ivar remembered_seconds: What the remembered calls took when they were computed.
+    """
+
+    def __init__(
+        self, engine: Any, messages: Messages, memory: Memory | None, seen: Callable[[str, dict[str, Tally]], None]
+    ) -> None:
+        self.messages, self.memory, self.seen = messages, memory, seen
+        self.tallies: dict[str, Tally] = {}
+        self.remembered_seconds = 0.0
+        self._number = 0
+        self._awaited: tuple[str, Tensor] | None = None
+        for place, name in _INNER.items():
+            inner = getattr(engine, place)
+            inner.perturb = partial(self._perturb, name, inner, inner.perturb)
+        engine.get_logits = partial(self._get_logits, engine.get_logits)
+
+    def _perturb(
+        self, name: Callable[[Any], str], inner: Any, compute: Callable[..., Tensor], x: Tensor, y: Tensor
+    ) -> Tensor:
+        attack = name(inner)
+        self._number += 1
+        x_adv = compute(x, y) if self.memory is None else self._remembered(self.memory, attack, compute, x, y)
+        self.tallies.setdefault(attack, Tally()).attacked += len(x)
+        self._awaited = attack, y
+        return x_adv
+
+    def _remembered(self, memory: Memory, attack: str, compute: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
+        key = memory.key(attack, self._number, x, y)
+        known = memory.recall(attack, self._number, key, x.device)
+        if known is None:
+            began, warned = time.perf_counter(), len(self.messages.warnings)
+            x_adv = compute(x, y)
+            memory.keep(
+                attack,
+                self._number,
+                key=key,
+                x_adv=x_adv.detach(),
+                random=random_state(),
+                warnings=self.messages.warnings[warned:],
+                seconds=time.perf_counter() - began,
+            )
+            return x_adv
+        for warning in known["warnings"]:
+            self.messages.warning(warning)
+        set_random_state(known["random"])
+        self.remembered_seconds += known["seconds"]
+        found: Tensor = known["x_adv"]
+        return found
+
+    def _get_logits(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """AutoAttack's forward pass; the one that follows a call decides which images were fooled."""
+        logits = forward(x)
+        if self._awaited is not None:
+            (attack, y), self._awaited = self._awaited, None
+            self.tallies[attack].fooled += int((logits.max(dim=1)[1] != y).sum())
+            self.seen(attack, self.tallies)
+        return logits

@@ -1,0 +1,93 @@
+"""Clean and PGD accuracy, in batches, in eval mode, with the interval that a finite test set leaves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from art_saliency import _checks
+from art_saliency.attacks import AttackLoss, pgd
+from art_saliency.modes import evaluating
+from art_saliency.randomness import RandomSource
+from art_saliency.threat import ThreatModel
+
+__all__ = ["accuracy", "binomial_interval", "pgd_accuracy"]
+
+
+def binomial_interval(successes: int, count: int, *, z: float = 1.96) -> tuple[float, float]:
+    """
+    Wilson's interval of a proportion: honest for small sets and near 0 and 1.
+
+    :param z: 1.96 for 95 %.
+    :return: Its ends, 0 to 1.
+    """
+    _checks.whole("count", count, least=1)
+    _checks.whole("successes", successes, most=count)
+    share = successes / count
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _share_correct(
+    model: nn.Module, x: Tensor, y: Tensor, batch_size: int, perturb: Callable[[Tensor, Tensor], Tensor]
+) -> float:
+    device = next((p.device for p in model.parameters()), x.device)
+    correct = torch.zeros((), dtype=torch.long, device=device)
+    with evaluating(model):
+        for start in range(0, len(x), batch_size):
+            images = x[start : start + batch_size].to(device)
+            images = images.float() / 255 if images.dtype == torch.uint8 else images
+            targets = y[start : start + batch_size].to(device)
+            images = perturb(images, targets)
+            with torch.no_grad():
+                correct += (model(images).argmax(1) == targets).sum()
+    return int(correct) / len(x)
+
+
+def accuracy(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 256) -> float:
+    """
+    The share of images whose highest logit is the true class.
+
+    :param model: Maps (N, C, H, W) in [0, 1] to logits; evaluated in eval mode, its modes restored.
+    :param x: (N, C, H, W) in [0, 1], or uint8; on any device.
+    :param y: (N,) int64.
+    :return: 0 to 1.
+    """
+    x, y = _checks.images(x, allow_uint8=True), _checks.labels(y, len(x), 1 << 62)
+    return _share_correct(model, x, y, _checks.whole("batch_size", batch_size, least=1), lambda images, _: images)
+
+
+def pgd_accuracy(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat: ThreatModel,
+    max_iter: int = 20,
+    eps_step: float | None = None,
+    restarts: int = 1,
+    loss: str | AttackLoss = "cross-entropy",
+    batch_size: int = 256,
+    seed: int = 0,
+) -> float:
+    """
+    Accuracy under :func:`art_saliency.attacks.pgd`. An upper bound of robust accuracy: report AutoAttack's.
+
+    :param threat: Norm and radius, in units of the [0, 1] pixel range.
+    :param seed: Of the random starts. The other parameters are those of :func:`accuracy` and of the attack.
+    :return: 0 to 1.
+    """
+    x, y = _checks.images(x, allow_uint8=True), _checks.labels(y, len(x), 1 << 62)
+    device = next((p.device for p in model.parameters()), x.device)
+    random = RandomSource(seed, device)
+
+    def perturb(images: Tensor, targets: Tensor) -> Tensor:
+        return pgd(
+            model, images, targets, threat=threat, max_iter=max_iter, eps_step=eps_step, restarts=restarts, loss=loss, random=random
+        )
+
+    return _share_correct(model, x, y, _checks.whole("batch_size", batch_size, least=1), perturb)

@@ -1,0 +1,95 @@
+"""Figures, drawn without a screen and readable on paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from art_saliency import _checks
+from art_saliency.gradients import cosine, importance, input_gradient
+from art_saliency.modes import evaluating, frozen
+
+__all__ = ["loss_saliency", "saliency_panel"]
+
+
+def loss_saliency(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """
+    The gradient of the cross-entropy with respect to the images, in eval mode.
+
+    :param model: Maps (N, C, H, W) in [0, 1] to logits. :param x: (N, C, H, W). :param y: (N,) int64.
+    :return: (N, C, H, W), detached.
+    """
+    with evaluating(model), frozen(model), torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        return input_gradient(F.cross_entropy(model(x), y, reduction="sum"), x)
+
+
+def _show(axis: Any, image: Tensor, title: str | None = None, **options: Any) -> None:
+    picture = image.permute(1, 2, 0).cpu().numpy()
+    axis.imshow(picture[..., 0] if picture.shape[-1] == 1 else picture, interpolation="nearest", **options)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for side in axis.spines.values():
+        side.set_visible(False)
+    if title is not None:
+        axis.set_title(title, fontsize=8, pad=2)
+
+
+def _unit(maps: Tensor) -> Tensor:
+    """Scale each map to [0, 1] by its own greatest value: shapes are compared, not sizes."""
+    return maps / maps.flatten(1).amax(1).clamp_min(torch.finfo(maps.dtype).tiny).view(-1, 1, 1, 1)
+
+
+def saliency_panel(
+    model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, path: str | Path, *, title: str, classes: Sequence[str] | None = None
+) -> Path:
+    """
+    Draw, for each image, the input, the adversarial input, and the network's loss saliency at both.
+
+    :param model: Maps (N, C, H, W) in [0, 1] to logits. :param x: (N, C, H, W) clean images; one column each.
+    :param x_adv: (N, C, H, W). :param y: (N,) true classes. :param path: The PNG. :param title: Of the figure.
+    :param classes: Names of the classes; ``None`` numbers them.
+    :return: The path.
+    """
+    _checks.optional("matplotlib", "eval", "Drawing a figure")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with evaluating(model), torch.no_grad():
+        predicted = [model(images).argmax(1).tolist() for images in (x, x_adv)]
+    gradients = [loss_saliency(model, images, y) for images in (x, x_adv)]
+    agreement = cosine(*gradients)
+    name = (lambda k: classes[k]) if classes is not None else str
+    columns = len(x)
+    figure = Figure(figsize=(1.15 * columns + 1.1, 5.6), dpi=160)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(4, columns, squeeze=False)
+    rows = ("input", "adversarial\ninput", "saliency\nat input", "saliency at\nadversarial")
+    maps = [_unit(importance(gradient)) for gradient in gradients]
+    for column in range(columns):
+        for row, images in enumerate((x, x_adv)):
+            wrong = predicted[row][column] != int(y[column])
+            _show(axes[row][column], images[column], f"→ {name(predicted[row][column])}", vmin=0, vmax=1, cmap="gray")
+            axes[row][column].title.set_color("#b00020" if wrong else "#1b5e20")
+        for row, maps_of_row in enumerate(maps, start=2):
+            text = f"cos {float(agreement[column]):.2f}" if row == 3 else None
+            _show(axes[row][column], maps_of_row[column], text, vmin=0, vmax=1, cmap="magma")
+    for row, text in enumerate(rows):
+        axes[row][0].set_ylabel(text, fontsize=8, rotation=0, ha="right", va="center", labelpad=6)
+    figure.suptitle(title, fontsize=10)
+    figure.text(
+        0.5,
+        0.005,
+        "→ predicted class (green right, red wrong); saliency = |gradient of the loss|, each scaled to its own maximum; "
+        "cos = similarity of the two saliencies",
+        fontsize=6,
+        ha="center",
+    )
+    figure.tight_layout(rect=(0, 0.02, 1, 0.97), h_pad=0.4, w_pad=0.3)
+    figure.savefig(str(path))
+    return Path(path)

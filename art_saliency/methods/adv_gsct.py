@@ -1,0 +1,306 @@
+"""
+Adv-GSCT: adversarially gradient-based saliency consensus training, a reconstruction from the abstract.
+
+| Source: Li, Shen, Hu, Lin, Ji, Qi: Towards Gradient-Based Saliency Consensus Training for Adversarial Robustness.
+  IEEE TDSC 21(2):530-541, 2024. Only the abstract is public; its clauses are quoted beside the lines that implement them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from art_saliency import _checks
+from art_saliency.attacks import cross_entropy, margin
+from art_saliency.gradients import cosine, importance, input_gradient, top_share_mask
+from art_saliency.methods.base import Batch, LossTerms, Objective, warmup
+from art_saliency.modes import batch_statistics_kept, evaluating, frozen
+from art_saliency.randomness import RandomSource, uniform
+from art_saliency.threat import ThreatModel
+
+__all__ = [
+    "BASELINES",
+    "OFFENDING",
+    "PSEUDO_INPUTS",
+    "SALIENCIES",
+    "AdvGSCT",
+    "consensus_loss",
+    "l2_consensus_loss",
+    "linearity_error",
+    "prediction_divergence",
+]
+
+
+# --- saliency: what is differentiated; each returns (N,) scores that rise as the true class loses -------------------
+
+
+def negative_logit(logits: Tensor, y: Tensor) -> Tensor:
+    """:return: (N,) minus the true class's logit."""
+    return -logits.gather(1, (y if y.ndim == 1 else y.argmax(1))[:, None])[:, 0]
+
+
+SALIENCIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "loss": cross_entropy,
+    "logit": negative_logit,
+    "margin": margin,  # its best wrong class is 'the most offending' one
+}
+
+# --- baseline: what a pixel without information looks like ------------------------------------------------------------
+
+
+def zero_baseline(x: Tensor) -> Tensor:
+    """:return: Black: the background of MNIST and digits."""
+    return torch.zeros_like(x)
+
+
+def channel_mean_baseline(x: Tensor) -> Tensor:
+    """:return: Each image's mean per channel."""
+    return x.mean((2, 3), keepdim=True).expand_as(x)
+
+
+def automatic_baseline(x: Tensor) -> Tensor:
+    """:return: Black for one channel, the channel mean for colour."""
+    return zero_baseline(x) if x.shape[1] == 1 else channel_mean_baseline(x)
+
+
+BASELINES: dict[str, Callable[[Tensor], Tensor]] = {
+    "auto": automatic_baseline,
+    "zero": zero_baseline,
+    "channel-mean": channel_mean_baseline,
+}
+
+# --- offending: the point x0 where the learned saliency is taken ------------------------------------------------------
+
+
+def random_start(x: Tensor, threat: ThreatModel, random: RandomSource | None) -> Tensor:
+    """:return: A random point of the ball: x0 = clamp(x + U(-eps, eps), 0, 1)."""
+    return threat.random_start(x, random)
+
+
+def zero_start(x: Tensor, threat: ThreatModel, random: RandomSource | None) -> Tensor:
+    """:return: The clean image itself."""
+    return x
+
+
+def noise_augmented(x: Tensor, threat: ThreatModel, random: RandomSource | None) -> Tensor:
+    """:return: x + U(-2 eps, 2 eps), clamped to [0, 1] but not to the ball (as N-FGSM, de Jorge et al. 2022)."""
+    return ThreatModel(threat.norm, min(2 * threat.eps, 1.0) if threat.norm == "Linf" else 2 * threat.eps).random_start(
+        x, random
+    )
+
+
+OFFENDING: dict[str, Callable[[Tensor, ThreatModel, RandomSource | None], Tensor]] = {
+    "random-start": random_start,
+    "zero-start": zero_start,
+    "noise-augmented": noise_augmented,
+}
+
+# --- pseudo-input: "a constructed pseudo-input, coupled with feature importance" --------------------------------------
+
+PseudoInput = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, ThreatModel, "RandomSource | None"], Tensor]
+"""(x, x0, ascent direction, mask, baseline, alpha, threat, random) -> x~, before it is projected into the ball."""
+
+
+def essential(
+    x: Tensor, x0: Tensor, ascent: Tensor, mask: Tensor, baseline: Tensor, alpha: float, threat: ThreatModel, random: RandomSource | None
+) -> Tensor:
+    """:return: "The least but essential information": essential pixels go to the worst case, the others lose information."""
+    return x + mask * (x0 - x + alpha * ascent) + (1 - mask) * threat.eps * threat.ascent_direction(baseline - x)
+
+
+def one_step(
+    x: Tensor, x0: Tensor, ascent: Tensor, mask: Tensor, baseline: Tensor, alpha: float, threat: ThreatModel, random: RandomSource | None
+) -> Tensor:
+    """:return: Every pixel goes to the worst case, whatever its importance (a control)."""
+    return x0 + alpha * ascent
+
+
+def lowest_noise(
+    x: Tensor, x0: Tensor, ascent: Tensor, mask: Tensor, baseline: Tensor, alpha: float, threat: ThreatModel, random: RandomSource | None
+) -> Tensor:
+    """:return: Unimportant pixels become noise (as in saliency-guided training, Ismail et al. 2021)."""
+    return x + mask * (x0 - x + alpha * ascent) + (1 - mask) * (uniform(x, random) - x)
+
+
+def convex_mix(
+    x: Tensor, x0: Tensor, ascent: Tensor, mask: Tensor, baseline: Tensor, alpha: float, threat: ThreatModel, random: RandomSource | None
+) -> Tensor:
+    """:return: Unimportant pixels go half-way between the worst case and the baseline."""
+    worst = one_step(x, x0, ascent, mask, baseline, alpha, threat, random)
+    drained = essential(x, x0, ascent, mask, baseline, alpha, threat, random)
+    return (worst + drained) / 2
+
+
+PSEUDO_INPUTS: dict[str, PseudoInput] = {
+    "essential": essential,
+    "one-step": one_step,
+    "lowest-noise": lowest_noise,
+    "convex-mix": convex_mix,
+}
+
+# --- losses -----------------------------------------------------------------------------------------------------------
+
+
+def consensus_loss(g: Tensor, g_target: Tensor) -> Tensor:
+    """
+    "Preserve the similarity between the learned model saliency and a target saliency, used as label": mean_i [1 - cos(g_i, t_i)].
+
+    :param g: (N, C, H, W) learned saliency, in the graph.
+    :param g_target: (N, C, H, W) target saliency; detached here, as a label is.
+    :return: Scalar, 0 to 2. Rows whose gradient is exactly zero count 0.
+    """
+    return (1 - cosine(g, g_target.detach())).mean()
+
+
+def l2_consensus_loss(g: Tensor, g_target: Tensor) -> Tensor:
+    """
+    Squared distance of the saliencies with *both* branches live (as CURE): against a detached, larger target it diverges.
+
+    :return: Scalar, the mean over samples of ||g_i - t_i||^2, in squared units of the [0, 1] pixel's gradient.
+    """
+    return (g.float() - g_target.float()).square().flatten(1).sum(1).mean()
+
+
+def prediction_divergence(logits0: Tensor, logits: Tensor) -> Tensor:
+    """:return: Scalar, mean_i KL(p(x0_i) || p(x~_i)), both branches live: consensus of the *predictions*."""
+    log_p0, log_p = logits0.float().log_softmax(1), logits.float().log_softmax(1)
+    return F.kl_div(log_p, log_p0, reduction="batchmean", log_target=True)
+
+
+def linearity_error(score0: Tensor, score: Tensor, g: Tensor, delta: Tensor) -> Tensor:
+    """
+    How far the score is from linear between the two points: mean_i |s(x~_i) - s(x0_i) - g_i . (x~_i - x0_i)|.
+
+    :param score0: (N,) at x0. :param score: (N,) at x~. :param g: (N, C, H, W) at x0. :param delta: x~ - x0.
+    :return: Scalar (the local linearity measure of Qin et al. 2019, along one direction).
+    """
+    return (score - score0 - (g * delta).flatten(1).sum(1)).abs().mean()
+
+
+class AdvGSCT(Objective):
+    """
+    Adv-GSCT, reconstructed. Two forwards, two input gradients, one parameter backward with one double backward.
+
+    :param eps: Radius of the threat model, in pixel units.
+    :param norm: ``"Linf"`` or ``"L2"``.
+    :param eps_step: alpha, the length of the one ascent step; ``None`` is ``eps``.
+    :param rho: The share of the pixels that lose their information; 0 sends every pixel to the worst case.
+    :param consensus: Weight of :func:`consensus_loss` (cosine, target detached).
+    :param l2_consensus: Weight of :func:`l2_consensus_loss` (both branches live); above 0 it costs a second double backward.
+    :param prediction_consensus: Weight of :func:`prediction_divergence`.
+    :param linearity: Weight of :func:`linearity_error`.
+    :param warmup_share: The share of the run over which these four weights rise from 0.
+    :param saliency: What is differentiated: ``"loss"``, ``"logit"`` or ``"margin"``, or a function (logits, y) -> (N,).
+    :param offending: Where the learned saliency is taken: ``"random-start"``, ``"zero-start"``, ``"noise-augmented"``.
+    :param pseudo_input: ``"essential"``, ``"one-step"``, ``"lowest-noise"``, ``"convex-mix"``.
+    :param baseline: What a drained pixel moves to: ``"auto"``, ``"zero"``, ``"channel-mean"``.
+    :param label_on: Which images the classification loss sees: ``"pseudo-input"``, or ``"both"`` for the mean with clean ones.
+    :param target_network: Whose saliency is the label: ``"current"``, or ``"ema"``, the slow copy that the loop keeps.
+    """
+
+    name = "adv-gsct"
+    single_step = True
+
+    def __init__(
+        self,
+        *,
+        eps: float,
+        norm: str = "Linf",
+        eps_step: float | None = None,
+        rho: float = 0.3,
+        consensus: float = 0.3,
+        l2_consensus: float = 0.1,
+        prediction_consensus: float = 1.0,
+        linearity: float = 1.0,
+        warmup_share: float = 0.2,
+        saliency: str | Callable[[Tensor, Tensor], Tensor] = "loss",
+        offending: str | Callable[[Tensor, ThreatModel, RandomSource | None], Tensor] = "random-start",
+        pseudo_input: str | PseudoInput = "essential",
+        baseline: str | Callable[[Tensor], Tensor] = "auto",
+        label_on: str = "pseudo-input",
+        target_network: str = "current",
+    ) -> None:
+        super().__init__()
+        self.threat = ThreatModel(norm, eps)
+        self.eps, self.norm = self.threat.eps, norm
+        self.eps_step = eps_step if eps_step is None else _checks.real("eps_step", eps_step, least=0)
+        self.rho = _checks.real("rho", rho, least=0, most=1)
+        self.consensus = _checks.real("consensus", consensus, least=0)
+        self.l2_consensus = _checks.real("l2_consensus", l2_consensus, least=0)
+        self.prediction_consensus = _checks.real("prediction_consensus", prediction_consensus, least=0)
+        self.linearity = _checks.real("linearity", linearity, least=0)
+        self.warmup_share = _checks.real("warmup_share", warmup_share, least=0, most=1)
+        self.saliency, self._score = saliency, _checks.function("saliency", saliency, SALIENCIES)
+        self.offending, self._start = offending, _checks.function("offending", offending, OFFENDING)
+        self.pseudo_input, self._construct = pseudo_input, _checks.function("pseudo_input", pseudo_input, PSEUDO_INPUTS)
+        self.baseline, self._baseline = baseline, _checks.function("baseline", baseline, BASELINES)
+        self.label_on = _checks.one_of("label_on", label_on, ("pseudo-input", "both"))
+        self.target_network = _checks.one_of("target_network", target_network, ("current", "ema"))
+        self.needs_target_model = target_network == "ema"
+
+    def pseudo_inputs(
+        self, x: Tensor, x0: Tensor, g: Tensor, random: RandomSource | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """
+        "The most offending case, representing the least but essential information scenario".
+
+        :param x: (N, C, H, W) in [0, 1]. :param x0: Where `g` was taken. :param g: (N, C, H, W) learned saliency.
+        :return: x~ (N, C, H, W) in the ball, and the mask (N, 1, H, W) of the pixels held essential; both detached.
+        """
+        g = g.detach()
+        mask = top_share_mask(importance(g), 1 - self.rho, random)
+        alpha = self.eps if self.eps_step is None else self.eps_step
+        ascent = self.threat.ascent_direction(g)
+        constructed = self._construct(x, x0, ascent, mask, self._baseline(x), alpha, self.threat, random)
+        return self.threat.project(constructed, x).detach(), mask
+
+    def forward(self, model: nn.Module, batch: Batch) -> LossTerms:
+        """See :class:`Objective`. Terms: ce, consensus, l2_consensus, prediction_consensus, linearity."""
+        x, y, weight = batch.x, batch.y, warmup(batch.progress, self.warmup_share)
+        need_g = self.consensus > 0 or self.l2_consensus > 0 or self.linearity > 0
+        x0 = self._start(x, self.threat, batch.random).detach().requires_grad_(True)
+        with batch_statistics_kept(model):
+            clean_loss = cross_entropy(model(x), y).mean() if self.label_on == "both" else None
+            logits0 = model(x0)
+        score0 = self._score(logits0, y)
+        # "Intermediate gradient-based saliency": of the model as it stands in mid-training; the graph is kept for the consensus.
+        g = input_gradient(score0.sum(), x0, create_graph=need_g)
+
+        x_pseudo, mask = self.pseudo_inputs(x, x0.detach(), g, batch.random)
+        x_pseudo.requires_grad_(True)
+        logits = model(x_pseudo)  # the last train-mode forward of the step: it alone moves BatchNorm's statistics
+        score = self._score(logits, y)
+        ce = cross_entropy(logits.float(), y).mean()
+        if clean_loss is not None:
+            ce = (ce + clean_loss) / 2
+
+        parts: dict[str, Tensor] = {}
+        if self.consensus or self.l2_consensus:
+            # "To ensure the discrimination of the estimated target saliency": it keeps the essential pixels only.
+            target = mask * self._target_saliency(model, batch, score, x_pseudo)
+            if self.consensus:
+                parts["consensus"] = consensus_loss(g, target)
+            if self.l2_consensus:
+                parts["l2_consensus"] = l2_consensus_loss(g, target)
+        if self.prediction_consensus:
+            parts["prediction_consensus"] = prediction_divergence(logits0, logits)
+        if self.linearity:
+            parts["linearity"] = linearity_error(score0, score, g, (x_pseudo - x0).detach())
+        loss = ce + sum(weight * getattr(self, name) * part for name, part in parts.items())
+        return LossTerms(loss, logits, {"ce": ce.detach(), **{name: part.detach() for name, part in parts.items()}})
+
+    def _target_saliency(self, model: nn.Module, batch: Batch, score: Tensor, x_pseudo: Tensor) -> Tensor:
+        """The saliency at the pseudo-input, in the graph only where the L2 term needs it live."""
+        if self.target_network == "current":
+            # The graph of the forward pass is needed again by the loss's own backward.
+            gradient = torch.autograd.grad(score.sum(), x_pseudo, create_graph=self.l2_consensus > 0, retain_graph=True)
+            return gradient[0]
+        slow = batch.target_model
+        if slow is None:
+            raise _checks.refuse("target_network", "'ema' without a slow copy", "a run that keeps one", "pass ema=0.999")
+        x_slow = x_pseudo.detach().requires_grad_(True)
+        with evaluating(slow), frozen(slow):
+            return input_gradient(self._score(slow(x_slow), batch.y).sum(), x_slow)

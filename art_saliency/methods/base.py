@@ -1,0 +1,161 @@
+"""
+What a training method is: an :class:`Objective` that turns a batch into :class:`LossTerms`.
+
+An objective owns no optimizer, no device and no epoch. The loop minimises ``loss``, reports ``logits`` and logs ``terms``;
+it knows no method. Constructor arguments are stored as attributes of the same name (scikit-learn's convention), so that
+:meth:`Objective.config` can write them down.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from art_saliency import _checks
+from art_saliency.randomness import RandomSource
+
+__all__ = ["Attack", "AuxiliaryLoss", "Batch", "LossTerms", "Objective", "auxiliary_modules", "auxiliary_terms", "warmup"]
+
+Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""(model, x, y) -> x_adv, all (N, C, H, W) in [0, 1]: an inner maximisation of the user's own."""
+
+
+@dataclass
+class Batch:
+    """
+    One training batch on the device.
+
+    :ivar x: (N, C, H, W) in [0, 1].
+    :ivar y: (N,) int64; (N, K) soft labels where the method allows them.
+    :ivar index: (N,) int64, each image's place in the training set; ``None`` for a stream without stable places.
+    :ivar progress: The share of the run that is over, 0 to 1.
+    :ivar maps: Per-image maps (N, M, H, W) that the augmentation moved with `x`; ``None`` when there are none.
+    :ivar random: Where an objective draws its random numbers; ``None`` is torch's global generator.
+    :ivar target_model: A slow copy (EMA) of the network, for objectives whose ``needs_target_model`` is true.
+    """
+
+    x: Tensor
+    y: Tensor
+    index: Tensor | None = None
+    progress: float = 0.0
+    maps: Tensor | None = None
+    random: RandomSource | None = None
+    target_model: nn.Module | None = None
+
+
+@dataclass
+class LossTerms:
+    """
+    What an objective returns.
+
+    :ivar loss: Scalar, to be minimised.
+    :ivar logits: (N, K) of the train-mode forward that is reported as training accuracy: the adversarial branch of an
+        adversarial method. They are the last N rows of the step's last train-mode forward.
+    :ivar terms: Every component by name, scalars, detached and without their weights.
+    """
+
+    loss: Tensor
+    logits: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Objective(nn.Module):
+    """
+    A training method. Subclasses define ``name``, a keyword-only constructor and :meth:`forward`.
+
+    :cvar name: The method's name on the command line and in records.
+    :cvar pixel_units: The constructor arguments that are distances in image space; at the ART edge they are given in units of
+        ``clip_values``.
+    :cvar soft_labels: Whether (N, K) labels are allowed.
+    :cvar single_step: Whether the inner maximisation takes one step, so that catastrophic overfitting is to be watched for.
+    :cvar needs_target_model: Whether ``batch.target_model`` must be there.
+    """
+
+    name: ClassVar[str]
+    pixel_units: ClassVar[tuple[str, ...]] = ("eps", "eps_step")
+    soft_labels: ClassVar[bool] = False
+    single_step: ClassVar[bool] = False
+    needs_target_model: bool = False
+
+    @abstractmethod
+    def forward(self, model: nn.Module, batch: Batch) -> LossTerms:
+        """
+        The loss of one batch.
+
+        :param model: Maps (N, C, H, W) in [0, 1] to logits; in train mode.
+        :param batch: The batch.
+        :return: Loss, logits and named terms.
+        """
+
+    @classmethod
+    def parameter_names(cls) -> tuple[str, ...]:
+        """:return: The constructor's keyword arguments."""
+        return tuple(name for name in inspect.signature(cls.__init__).parameters if name != "self")
+
+    def config(self) -> dict[str, Any]:
+        """:return: Constructor arguments, JSON-able; a callable is written as ``{"callable": its name}`` and cannot be read back."""
+        return {name: _plain(getattr(self, name)) for name in self.parameter_names()}
+
+    def adaptive_variants(self) -> Mapping[str, Callable[..., Any]]:
+        """:return: Attacks or model copies made for this method, by name, for the audit to try. None by default."""
+        return {}
+
+    def extra_repr(self) -> str:
+        """:return: The constructor arguments, as ``repr`` shows them."""
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.parameter_names())
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Objective):
+        return {"objective": value.name, **value.config()}
+    return {"callable": getattr(value, "__qualname__", type(value).__qualname__)}
+
+
+@runtime_checkable
+class AuxiliaryLoss(Protocol):
+    """
+    A module inside the network that adds a loss of its own to whatever objective trains it (an FSR layer).
+
+    The loss belongs to the last ``len(y)`` rows of the last train-mode forward of the step.
+    """
+
+    def start_step(self, random: RandomSource | None) -> None:
+        """Forget the previous step; random numbers drawn in this one are shared by all its train-mode forwards."""
+
+    def auxiliary_loss(self, logits: Tensor, y: Tensor) -> LossTerms:
+        """:return: The weighted loss, the logits as given, and the unweighted terms."""
+
+
+def auxiliary_modules(model: nn.Module) -> list[AuxiliaryLoss]:
+    """:return: The modules of the network that add a loss, in order."""
+    return [module for module in model.modules() if isinstance(module, AuxiliaryLoss)]
+
+
+def auxiliary_terms(modules: list[AuxiliaryLoss], logits: Tensor, y: Tensor) -> LossTerms:
+    """
+    The loss that the network's own modules add: the mean over the modules, loss and terms alike.
+
+    :param modules: What :func:`auxiliary_modules` found; not empty.
+    :param logits: (N, K), as the objective returned them.
+    :param y: (N,).
+    """
+    parts = [module.auxiliary_loss(logits, y) for module in modules]
+    names = dict.fromkeys(name for part in parts for name in part.terms)
+    terms = {name: torch.stack([part.terms[name] for part in parts if name in part.terms]).mean() for name in names}
+    return LossTerms(torch.stack([part.loss for part in parts]).mean(), logits, terms)
+
+
+def warmup(progress: float, share: float) -> float:
+    """:return: A weight's factor that rises linearly from 0 to 1 over the first `share` of the run."""
+    _checks.real("progress", progress, least=0, most=1)
+    return 1.0 if share <= 0 else min(1.0, progress / share)

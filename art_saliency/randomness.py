@@ -1,0 +1,62 @@
+"""One source of random numbers a run: its state can be saved, and several ranks can share one global batch's draw."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["RandomSource", "normal", "uniform"]
+
+
+class RandomSource:
+    """
+    A generator of its own on one device, so that nothing else in the process moves it.
+
+    With several ranks every rank draws for the whole global batch and keeps its own rows: two ranks then use the very
+    numbers of one process with the whole batch.
+
+    :param seed: Where the sequence starts.
+    :param device: Where the numbers are drawn.
+    :param rank: This process, from 0.
+    :param world_size: How many processes share the batch.
+    """
+
+    def __init__(self, seed: int, device: torch.device | str = "cpu", *, rank: int = 0, world_size: int = 1) -> None:
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.device = torch.device(device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """:return: Numbers in [0, 1) of the shape and dtype of `like`, whose first axis is the (rank's share of the) batch."""
+        rows = len(like)
+        shape = (rows * self.world_size, *like.shape[1:])
+        drawn = torch.rand(shape, generator=self.generator, device=self.device, dtype=like.dtype)
+        return drawn[self.rank * rows : (self.rank + 1) * rows] if self.world_size > 1 else drawn
+
+    def permutation(self, count: int) -> Tensor:
+        """:return: (count,) int64, a random order, the same on every rank."""
+        return torch.randperm(count, generator=self.generator, device=self.device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """:return: The generator's state, as a tensor."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue where :meth:`state_dict` was taken."""
+        self.generator.set_state(state["generator"].cpu())
+
+
+def uniform(like: Tensor, random: RandomSource | None = None) -> Tensor:
+    """:return: Numbers in [0, 1) of the shape of `like`, from `random`, or from torch's global generator when that is None."""
+    return torch.rand_like(like) if random is None else random.uniform(like)
+
+
+def normal(like: Tensor, random: RandomSource | None = None) -> Tensor:
+    """
+    Standard normal numbers of the shape of `like`, cut off near 4.9 standard deviations.
+
+    The inverse normal distribution needs one uniform number an entry, where Box-Muller would need two.
+    """
+    return math.sqrt(2) * torch.erfinv((2 * uniform(like, random) - 1).clamp(-1 + 1e-6, 1 - 1e-6))

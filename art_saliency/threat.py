@@ -1,0 +1,81 @@
+"""The threat model: which perturbations an adversary may choose, and the geometry that attacks need of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from art_saliency import _checks
+from art_saliency.randomness import RandomSource, normal, uniform
+
+__all__ = ["NORMS", "ThreatModel"]
+
+NORMS = ("Linf", "L2")
+"""Names as in RobustBench."""
+
+
+def _norms(delta: Tensor) -> Tensor:
+    """:return: L2 norms of (N, ...), shaped (N, 1, ...) to broadcast."""
+    return delta.flatten(1).norm(dim=1).view(-1, *[1] * (delta.ndim - 1))
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """
+    All images within `eps` of the clean one, inside the pixel range [0, 1].
+
+    :param norm: ``"Linf"`` or ``"L2"``.
+    :param eps: The radius, in units of the [0, 1] pixel range; 0 is the identity.
+    """
+
+    norm: str
+    eps: float
+
+    def __post_init__(self) -> None:
+        _checks.one_of("norm", self.norm, NORMS)
+        remedy = "for images of 0 to 255 write eps=8 / 255" if self.norm == "Linf" else ""
+        _checks.real("eps", self.eps, least=0, most=1 if self.norm == "Linf" else None, remedy=remedy)
+
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """
+        The nearest image of the ball around `x` that is also inside [0, 1].
+
+        :param x_adv: (N, C, H, W), anything finite.
+        :param x: (N, C, H, W) in [0, 1], the centre.
+        :return: (N, C, H, W) in [0, 1].
+        """
+        if self.norm == "Linf":
+            return torch.minimum(torch.maximum(x_adv, x - self.eps), x + self.eps).clamp(0, 1)
+        delta = x_adv - x
+        # Clamping to [0, 1] afterwards only shrinks each coordinate of delta, since x is inside: the ball still holds it.
+        return (x + delta * (self.eps / _norms(delta).clamp_min(1e-12)).clamp_max(1)).clamp(0, 1)
+
+    def random_start(self, x: Tensor, random: RandomSource | None = None) -> Tensor:
+        """
+        A point of the ball: uniform in the cube for Linf, a uniform direction and radius for L2 (as ART draws it).
+
+        :param x: (N, C, H, W) in [0, 1].
+        :param random: Where the random numbers come from; ``None`` is torch's global generator.
+        :return: (N, C, H, W) in [0, 1].
+        """
+        if self.norm == "Linf":
+            return (x + self.eps * (2 * uniform(x, random) - 1)).clamp(0, 1)
+        direction = normal(x, random)
+        radius = uniform(x.flatten(1)[:, :1], random).view(-1, *[1] * (x.ndim - 1))
+        return (x + self.eps * radius * direction / _norms(direction).clamp_min(1e-12)).clamp(0, 1)
+
+    def ascent_direction(self, gradient: Tensor) -> Tensor:
+        """
+        The unit step that raises a linear function most: the sign for Linf, the normalised gradient for L2.
+
+        :param gradient: (N, C, H, W).
+        :return: (N, C, H, W), 0 where the gradient is exactly 0.
+        """
+        return gradient.sign() if self.norm == "Linf" else gradient / _norms(gradient).clamp_min(1e-12)
+
+    def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """:return: (N,) distances of the images in this model's norm."""
+        delta = (x_adv - x).flatten(1)
+        return delta.abs().amax(1) if self.norm == "Linf" else delta.norm(dim=1)

@@ -1,0 +1,116 @@
+"""An ART classifier seen as one differentiable network on [0, 1]: pixel range, preprocessing, logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
+from art.estimators.classification import PyTorchClassifier
+from torch import Tensor, nn
+
+from art_saliency import _checks
+from art_saliency.errors import UnsupportedModelError
+from art_saliency.modes import evaluating, frozen
+
+__all__ = ["ClassifierNetwork", "pixel_range"]
+
+
+def pixel_range(classifier: PyTorchClassifier) -> tuple[float, float]:
+    """:return: The classifier's ``clip_values`` as two numbers; ``None`` and ranges that differ by pixel are refused."""
+    if classifier.clip_values is None:
+        raise _checks.refuse(
+            "classifier", "clip_values=None", "the pixel range", "write PyTorchClassifier(..., clip_values=(0.0, 1.0))"
+        )
+    low, high = (np.unique(np.asarray(end, dtype=np.float64)) for end in classifier.clip_values)
+    if len(low) != 1 or len(high) != 1 or low[0] >= high[0]:
+        raise _checks.refuse("clip_values", str(classifier.clip_values), "one least and one greatest pixel value")
+    return float(low[0]), float(high[0])
+
+
+class ClassifierNetwork(nn.Module):
+    """
+    Maps images in [0, 1] to logits through the classifier's own preprocessing and model.
+
+    Preprocessing steps with ``apply_fit`` are applied in train mode, those with ``apply_predict`` in eval mode, once.
+
+    :param classifier: Its model is shared, not copied.
+    :raises UnsupportedModelError: When a preprocessing or postprocessing defence cannot be trained through; it is named.
+    """
+
+    def __init__(self, classifier: PyTorchClassifier) -> None:
+        super().__init__()
+        self.network: nn.Module = classifier.model
+        self.low, self.high = pixel_range(classifier)
+        self._steps: Sequence[Any] = [step for step in classifier.preprocessing_operations if not _is_identity(step)]
+        for step in self._steps:
+            if not isinstance(step, PreprocessorPyTorch):
+                raise UnsupportedModelError(
+                    f"preprocessing: got {type(step).__name__}, which works on arrays and has no gradient; expected PyTorch "
+                    f"preprocessing (a PreprocessorPyTorch); use its PyTorch version or train without it"
+                )
+        if classifier.postprocessing_defences:
+            names = ", ".join(type(step).__name__ for step in classifier.postprocessing_defences)
+            raise UnsupportedModelError(
+                f"postprocessing: got {names}, expected none; it hides gradients from attacks; train without it"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """:param x: (N, C, H, W) in [0, 1]. :return: (N, K) logits."""
+        if (self.low, self.high) != (0.0, 1.0):
+            x = x * (self.high - self.low) + self.low
+        for step in self._steps:
+            if step.apply_fit if self.training else step.apply_predict:
+                x = step.forward(x, None)[0]
+        logits: Tensor = self.network(x)
+        return logits
+
+
+def _is_identity(step: Any) -> bool:
+    """ART puts a standardisation by mean 0 and deviation 1 into every classifier."""
+    mean, std = getattr(step, "mean", None), getattr(step, "std", None)
+    return mean is not None and std is not None and bool(np.all(np.asarray(mean) == 0) and np.all(np.asarray(std) == 1))
+
+
+def check_trainable(network: ClassifierNetwork, classifier: PyTorchClassifier) -> None:
+    """
+    Try the network on one batch before any work starts, in eval mode, leaving weights, gradients and modes alone.
+
+    :raises UnsupportedModelError: When it does not give differentiable (N, K) logits, or preprocessing changes the batch.
+    :raises InputError: When the classifier has no optimizer, or is not one of images with channels first.
+    """
+    if classifier.optimizer is None:
+        raise _checks.refuse(
+            "classifier", "no optimizer", "one", "write PyTorchClassifier(..., optimizer=torch.optim.SGD(model.parameters(), lr=0.1))"
+        )
+    if not classifier.channels_first or len(classifier.input_shape) != 3:
+        raise _checks.refuse(
+            "classifier", f"input_shape {classifier.input_shape}, channels_first={classifier.channels_first}", "(C, H, W) with channels first"
+        )
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise UnsupportedModelError("model: got no trainable parameter, expected at least one with requires_grad=True")
+    x = torch.linspace(0, 1, 2 * int(np.prod(classifier.input_shape)), device=classifier.device)
+    x = x.view(2, *classifier.input_shape).requires_grad_(True)
+    y = torch.zeros(2, classifier.nb_classes, device=classifier.device)
+    for step in network._steps:
+        new_x, new_y = step.forward(x, y)
+        if len(new_x) != 2 or (new_y is not None and not torch.equal(new_y, y)):
+            raise UnsupportedModelError(
+                f"preprocessing: {type(step).__name__} changes the number of images or the labels; expected one that "
+                f"changes pixels only; train without it"
+            )
+    with evaluating(network), frozen(network), torch.enable_grad():
+        logits = network(x)
+    if not isinstance(logits, Tensor) or logits.shape != (2, classifier.nb_classes):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UnsupportedModelError(
+            f"model: got {got} for two images, expected logits of shape (2, {classifier.nb_classes}) and nothing else"
+        )
+    gradient = torch.autograd.grad(logits.sum(), x, allow_unused=True)[0] if logits.requires_grad else None
+    if gradient is None:
+        raise UnsupportedModelError(
+            "model: got logits without a gradient to the images, expected a differentiable forward pass; look for "
+            ".detach(), torch.no_grad(), rounding or argmax in the network or its preprocessing"
+        )

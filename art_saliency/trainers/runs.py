@@ -1,0 +1,148 @@
+"""A trained run as a folder: plain weights, and a page that says how they came to be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from art.estimators.classification import PyTorchClassifier
+from torch import nn
+
+from art_saliency import _checks
+from art_saliency.errors import CheckpointError
+from art_saliency.networks import build_network
+from art_saliency.files import read_tensors, sha256_of_tensors, write_file, write_tensors
+from art_saliency.training.records import History, versions
+
+__all__ = ["SCHEMA", "load", "make_classifier", "read_run", "save"]
+
+SCHEMA = 1
+"""Of ``run.json``; raised when a reader of an older one would misread it."""
+
+
+def make_classifier(
+    model: nn.Module,
+    *,
+    input_shape: tuple[int, ...],
+    num_classes: int,
+    optimizer: torch.optim.Optimizer | None = None,
+    device: torch.device | str = "cpu",
+) -> PyTorchClassifier:
+    """
+    Put a network into an ART classifier of images in [0, 1], on a device.
+
+    :param model: Maps (N, C, H, W) in [0, 1] to logits.
+    :return: The classifier, with cross-entropy as its loss.
+    """
+    where = torch.device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)  # ART takes the current one
+    return PyTorchClassifier(
+        model=model,
+        loss=nn.CrossEntropyLoss(),
+        input_shape=tuple(input_shape),
+        nb_classes=num_classes,
+        optimizer=optimizer,
+        clip_values=(0.0, 1.0),
+        device_type="gpu" if where.type == "cuda" else "cpu",
+    )
+
+
+def save(
+    folder: str | Path,
+    classifier: PyTorchClassifier,
+    *,
+    network: dict[str, Any],
+    method: str,
+    settings: dict[str, Any],
+    data: dict[str, Any],
+    history: History,
+    force: bool = False,
+) -> Path:
+    """
+    Write a run: ``weights.pt`` (the bare network's state dict) and ``run.json``.
+
+    :param folder: Made when missing. :param network: The arguments of :func:`art_saliency.networks.build_network`.
+    :param method: The objective's name. :param settings: Its :meth:`~art_saliency.methods.base.Objective.config`.
+    :param data: What it was trained on: name, fingerprint, and how it was split.
+    :param history: Of the training. :param force: Whether a run that is there may be replaced.
+    :return: The folder.
+    :raises InputError: When a run is there already and `force` is false.
+    """
+    path = claim_folder(folder, force=force)
+    weights = {name: value.detach().cpu() for name, value in classifier.model.state_dict().items()}
+    page = {
+        "schema": SCHEMA,
+        "method": method,
+        "settings": settings,
+        "network": network,
+        "data": data,
+        "weights_sha256": sha256_of_tensors(weights),
+        "versions": versions(),
+        "history": {"meta": history.meta, "epochs": history.records},
+    }
+    write_tensors(path / "weights.pt", weights)
+    write_file(path / "run.json", lambda file: file.write(json.dumps(page, indent=1).encode()))
+    return path
+
+
+def claim_folder(folder: str | Path, *, force: bool) -> Path:
+    """
+    Make a run's folder, before any work starts.
+
+    :raises InputError: When it holds files and `force` is false, or is no folder.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise _checks.refuse("out", f"{path}, which is a file", "a folder")
+    if not force and path.is_dir() and any(path.iterdir()):
+        raise _checks.refuse("out", f"{path}, which is not empty", "a new or empty folder", "choose another or add --force")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """
+    Read ``run.json``.
+
+    :raises CheckpointError: When the folder holds no run, or one that this version cannot read.
+    """
+    path = Path(folder) / "run.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no run.json, expected the folder of a trained run; make one with: art-saliency train")
+    try:
+        page: dict[str, Any] = json.loads(path.read_text())
+        schema = page["schema"]
+        missing = {"method", "settings", "network", "data", "weights_sha256", "history"} - set(page)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}), expected the JSON that training wrote; train again") from error
+    if schema != SCHEMA or missing:
+        raise CheckpointError(f"{path}: got schema {schema} without {sorted(missing)}, expected schema {SCHEMA}; use the version that wrote it")
+    return page
+
+
+def load(folder: str | Path, *, device: torch.device | str = "cpu") -> PyTorchClassifier:
+    """
+    Give a trained run back as an ART classifier in eval mode, ready for attacks; give it an optimizer to train on.
+
+    :param folder: What ``art-saliency train --out`` or :func:`save` wrote.
+    :param device: Where the network is to lie.
+    :return: The classifier.
+    :raises CheckpointError: When a file is missing, damaged, or not the one that ``run.json`` names.
+    """
+    page = read_run(folder)
+    weights = read_tensors(Path(folder) / "weights.pt")
+    if sha256_of_tensors(weights) != page["weights_sha256"]:
+        raise CheckpointError(f"{folder}: weights.pt is not the file that run.json names (its hash differs); copy both again")
+    network = dict(page["network"])
+    name, shape = network.pop("name"), tuple(network.pop("input_shape"))
+    model = build_network(name, input_shape=shape, **network)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: the weights do not fit {name!r}: {str(error).splitlines()[1].strip()}") from error
+    classifier = make_classifier(model, input_shape=shape, num_classes=network["num_classes"], device=device)
+    classifier.model.eval()
+    return classifier

@@ -1,0 +1,109 @@
+"""What can be hung on the loop: progress, validation, weight averages, checkpoints, all through four hooks."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from art_saliency.attacks import pgd
+from art_saliency.evaluation.accuracy import accuracy, pgd_accuracy
+from art_saliency.modes import evaluating
+from art_saliency.threat import ThreatModel
+
+if TYPE_CHECKING:
+    from art_saliency.training.loop import Run
+
+__all__ = ["Extension", "OverfittingWatch", "Validation"]
+
+
+class Extension:
+    """
+    Something that happens around training steps. Every hook does nothing by default.
+
+    Extensions run in the order in which they are given. What an extension must remember over an interruption, it returns from
+    :meth:`state_dict`.
+    """
+
+    def on_start(self, run: Run) -> None:
+        """Before the first step."""
+
+    def after_step(self, run: Run) -> None:
+        """After each optimizer step. Must not wait for the device."""
+
+    def after_epoch(self, run: Run, record: dict[str, Any]) -> None:
+        """After each epoch; what is written into `record` joins the history."""
+
+    def on_finish(self, run: Run) -> None:
+        """After the last step, also when training was stopped by an error."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """:return: Tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken."""
+
+
+class Validation(Extension):
+    """
+    Clean and PGD accuracy on held-out images: ``validation_accuracy`` and ``validation_robust_accuracy`` in the history.
+
+    :param x: (N, C, H, W) in [0, 1] or uint8. :param y: (N,) int64.
+    :param threat: What PGD may do; ``None`` measures clean accuracy only.
+    :param every: Epochs between two measurements; the last epoch is always measured.
+    :param max_iter: PGD steps.
+    """
+
+    def __init__(
+        self, x: Tensor, y: Tensor, *, threat: ThreatModel | None, every: int = 1, max_iter: int = 10, batch_size: int = 256
+    ) -> None:
+        self.x, self.y, self.threat = x, y, threat
+        self.every, self.max_iter, self.batch_size = every, max_iter, batch_size
+
+    def after_epoch(self, run: Run, record: dict[str, Any]) -> None:
+        """Measure and write down."""
+        if (run.epoch + 1) % self.every and run.epoch + 1 < run.epochs:
+            return
+        model = run.model
+        record["validation_accuracy"] = accuracy(model, self.x, self.y, batch_size=self.batch_size)
+        if self.threat is not None:
+            record["validation_robust_accuracy"] = pgd_accuracy(
+                model, self.x, self.y, threat=self.threat, max_iter=self.max_iter, batch_size=self.batch_size, seed=run.random.seed
+            )
+
+
+class OverfittingWatch(Extension):
+    """
+    Catastrophic overfitting (Wong et al. 2020): a network that single-step training made robust to single steps only.
+
+    Once an epoch the last training batch is attacked by PGD; ``train_pgd_accuracy`` joins the history, and a warning is given
+    when it falls far below the accuracy on the method's own examples.
+
+    :param threat: What PGD may do.
+    :param gap: The difference of the two accuracies that is called catastrophic.
+    """
+
+    def __init__(self, threat: ThreatModel, *, gap: float = 0.4, max_iter: int = 10) -> None:
+        self.threat, self.gap, self.max_iter = threat, gap, max_iter
+        self.warned = False
+
+    def after_epoch(self, run: Run, record: dict[str, Any]) -> None:
+        """Measure, write down, and warn once."""
+        if run.batch is None or run.logits is None:
+            return
+        x, y = run.batch.x, run.batch.y if run.batch.y.ndim == 1 else run.batch.y.argmax(1)
+        x_adv = pgd(run.model, x, y, threat=self.threat, max_iter=self.max_iter)
+        with evaluating(run.model):
+            against_pgd = float((run.model(x_adv).argmax(1) == y).float().mean())
+        on_own_examples = float((run.logits.argmax(1) == y).float().mean())
+        record["train_pgd_accuracy"] = against_pgd
+        if on_own_examples - against_pgd > self.gap and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"epoch {run.epoch}: {on_own_examples:.0%} of a training batch is classified right on the method's single-step "
+                f"examples but {against_pgd:.0%} under PGD-{self.max_iter}: catastrophic overfitting. Lower eps or the learning "
+                f"rate, shorten training, or use an iterative method",
+                stacklevel=2,
+            )
