@@ -21,7 +21,7 @@ class Augmentation:
 
     Every image has its own place and its own mirroring. Nothing waits for the device.
 
-    :param pad: Pixels added on each side; the window starts at one of ``(2 * pad + 1) ** 2`` places, all equally likely. 0 does not crop.
+    :param pad: Pixels added on each side: the window has ``(2 * pad + 1) ** 2`` equally likely places. 0 does not crop.
     :param flip: Whether half of the images are mirrored.
     :param map_fill: What maps are padded with; images are padded with 0.
     """
@@ -70,7 +70,7 @@ class Augmentation:
     def _move(self, x: Tensor, fill: float, corner: tuple[Tensor, Tensor], mirrored: Tensor) -> Tensor:
         if self.pad:
             height, width = x.shape[2:]
-            # Every window there is, as a view: (N, C, 2 * pad + 1, 2 * pad + 1, H, W). Indexing copies one for each image.
+            # Every window as a view, (N, C, 2 * pad + 1, 2 * pad + 1, H, W); indexing copies one for each image.
             windows = F.pad(x, (self.pad,) * 4, value=fill).unfold(2, height, 1).unfold(3, width, 1)
             x = windows[torch.arange(len(x), device=x.device), :, corner[0], corner[1]]
         return torch.where(mirrored[:, None, None, None], x.flip(3), x) if self.flip else x

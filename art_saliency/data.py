@@ -1,5 +1,5 @@
 """
-Data sets by one call: ``load_data("digits")``, torchvision's by name, ``.npz`` files, folders of ``.npy``, folders of images.
+Data sets by one call: the embedded digits, torchvision's, ``.npz`` files, folders of ``.npy`` files or of images.
 
 Pixels stay as the source has them: uint8 for 0 to 255, else float32 in [0, 1]. Normalisation belongs to the network.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+import zipfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,16 +22,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from art_saliency import _checks
+from art_saliency.augmentation import Augmentation, augmentation_by_name
 from art_saliency.errors import ArtSaliencyError, CheckpointError, InputError
 from art_saliency.randomness import RandomSource
 
-__all__ = ["NAMES", "DataSet", "image_folder_loader", "load_data", "stratified_split", "to_unit"]
+__all__ = [
+    "NAMES",
+    "Augmentation",
+    "DataSet",
+    "augmentation_by_name",
+    "image_folder_loader",
+    "load_data",
+    "stratified_split",
+    "to_unit",
+]
 
 NAMES = ("digits", "cifar10", "cifar100", "svhn", "mnist")
 """Sets known by name; all but the embedded digits are torchvision's."""
 
 MEMORY_LIMIT = 8 << 30
-"""Bytes of pixels up to which a folder of images is read into memory; :func:`image_folder_loader` streams any number."""
+"""Bytes up to which each part of a folder of images is kept in memory; :func:`image_folder_loader` streams any."""
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 _CHUNK = 1 << 24  # pixels read at a time, so that a memory-mapped set is never in memory as a whole
@@ -50,20 +61,20 @@ def stratified_split(y: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     :return: Places of the images that are kept and of those set aside, int64, ascending.
     """
     _checks.whole("count", count, least=1, most=len(y) - 1)
-    # Legacy RandomState: the only generator of these libraries whose numbers are promised never to change.
+    # The only generator of these libraries whose numbers are promised never to change (NumPy's NEP 19).
     random = np.random.RandomState(_checks.whole("seed", seed, most=2**32 - 1))
     labels = y.cpu().numpy()
     sizes = np.bincount(labels)
     shares = sizes * count / len(labels)
     quota = np.floor(shares).astype(np.int64)
-    # The images still missing come from the classes with the largest remainders; a class of a single image comes last.
-    remainders = np.where(sizes > 1, shares - quota, shares - quota - 1)
+    # The images still missing come from the classes with the largest remainders, at random among equal ones.
     classes = random.permutation(len(sizes))
-    quota[classes[np.argsort(-remainders[classes], kind="stable")[: count - quota.sum()]]] += 1
-    aside = np.zeros(len(labels), dtype=bool)
+    quota[classes[np.argsort((quota - shares)[classes], kind="stable")[: count - quota.sum()]]] += 1
     order = random.permutation(len(labels))
-    for label, number in enumerate(quota):
-        aside[order[labels[order] == label][:number]] = True
+    by_class = order[np.argsort(labels[order], kind="stable")]  # class after class, at random inside each
+    rank = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    aside = np.zeros(len(labels), dtype=bool)
+    aside[by_class[rank < np.repeat(quota, sizes)]] = True
     return torch.from_numpy(np.flatnonzero(~aside)), torch.from_numpy(np.flatnonzero(aside))
 
 
@@ -94,7 +105,7 @@ class DataSet:
         return channels, height, width
 
     def fingerprint(self) -> str:
-        """:return: The sha256 of the four arrays, in hex: equal for equal images and labels, wherever they were read from."""
+        """:return: The sha256 of the four arrays, in hex: the same wherever equal images and labels came from."""
         digest = hashlib.sha256()
         for array in _ARRAYS:
             tensor = getattr(self, array)
@@ -136,7 +147,8 @@ class DataSet:
 
 
 def _chunks(tensor: Tensor) -> Iterator[Tensor]:
-    return iter(tensor.split(max(1, _CHUNK // max(1, tensor[0].numel()))))
+    step = max(1, _CHUNK // tensor[0].numel())
+    return (tensor[start : start + step] for start in range(0, len(tensor), step))
 
 
 def load_data(
@@ -151,10 +163,10 @@ def load_data(
     """
     Read a data set.
 
-    :param spec: One of :data:`NAMES`; or the path of a ``.npz`` file with ``x_train, y_train, x_test, y_test``; of a folder of four
-        ``.npy`` files with those names, which are memory-mapped; or of a folder of images, ``train/CLASS/*.png`` and the same
-        classes in ``test/`` or, where there is none, ``val/``. Arrays of images are (N, H, W), (N, H, W, C) or (N, C, H, W) with
-        1 or 3 channels; labels are indices or one-hot.
+    :param spec: One of :data:`NAMES`; or the path of a ``.npz`` file with ``x_train, y_train, x_test, y_test``; of a
+        folder of four ``.npy`` files with those names, which are memory-mapped; or of a folder of images,
+        ``train/CLASS/*.png`` and the same classes in ``test/`` or, where there is none, ``val/``. Arrays of images are
+        (N, H, W), (N, H, W, C) or (N, C, H, W) with 1 or 3 channels; labels are indices or one-hot.
     :param root: Where torchvision keeps its sets; ``None`` is ``~/.cache/art_saliency``.
     :param download: Whether a set of torchvision's that is not there is fetched.
     :param size: Side in pixels to which a folder's images are resized and cropped; ``None`` takes them as they are.
@@ -182,6 +194,7 @@ def load_data(
         return _digits()
     if kind == "name":
         return _torchvision(name, Path("~/.cache/art_saliency" if root is None else root).expanduser(), download)
+    name = path.resolve().name  # reports show it: where the files lie is nobody's business
     if kind == "images":
         return _image_folder(name, path, size)
     return _data_set(name, _read_npy(path) if path.is_dir() else _read_npz(path), layout, num_classes)
@@ -207,9 +220,7 @@ def _torchvision(name: str, root: Path, download: bool) -> DataSet:
     arrays: dict[str, Any] = {}
     for part in ("train", "test"):
         which = {"split": part} if name == "svhn" else {"train": part == "train"}
-        remedy = (
-            "look at the connection" if download else f"say download=True to fetch {name}, or where it is with root"
-        )
+        remedy = "look at the connection" if download else f"say download=True to fetch {name}, or root= to find it"
         with _reading(root, remedy):
             source = make(root, download=download, **which)
             labels = source.labels if name == "svhn" else source.targets
@@ -245,15 +256,15 @@ def _listed(names: Collection[str]) -> str:
 
 @contextmanager
 def _reading(source: str | Path, remedy: str) -> Iterator[None]:
-    """Whatever a parser raises on a file that it cannot read (a dozen types do) becomes one error that names the file."""
+    """Whatever a parser raises on a file it cannot read (there are a dozen types) becomes one that names the file."""
     try:
         yield
     except ArtSaliencyError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".")
-        got = f"what cannot be read ({type(error).__name__}: {reason})"
-        raise CheckpointError(str(_checks.refuse(str(source), got, "a whole, undamaged file", remedy))) from error
+        reason = " ".join(str(error).split()).split(". ")[0][:200].rstrip(".")
+        got = f"nothing readable ({type(error).__name__}: {reason})"
+        raise CheckpointError(str(_checks.refuse(str(source), got, "whole, undamaged files", remedy))) from error
 
 
 def _all_present(path: Path, present: Collection[str]) -> None:
@@ -263,10 +274,9 @@ def _all_present(path: Path, present: Collection[str]) -> None:
 
 def _read_npz(path: Path) -> dict[str, Any]:
     with _reading(path, "write it again with numpy.savez"):
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise _checks.refuse(str(path), "a single array", "a .npz file", "write it with numpy.savez")
-        with archive:
+        if not zipfile.is_zipfile(path):  # numpy would take it for a pickle and propose to load it unsafely
+            raise ValueError("no .npz archive, or only a part of one")
+        with np.load(path, allow_pickle=False) as archive:
             _all_present(path, archive.files)
             return {name: archive[name] for name in _ARRAYS}
 
@@ -277,7 +287,7 @@ def _read_npy(path: Path) -> dict[str, Any]:
     for name in _ARRAYS:
         file = path / f"{name}.npy"
         with _reading(file, "write it again with numpy.save"):
-            arrays[name] = np.load(file, mmap_mode="r", allow_pickle=False)
+            arrays[name] = np.lib.format.open_memmap(file, mode="r")
     return arrays
 
 
@@ -360,11 +370,13 @@ def image_folder_loader(
     Order and crops depend on the seed and the epoch alone: not on the workers, nor on anybody else's random numbers.
     Flips are the :class:`~art_saliency.augmentation.Augmentation`'s, on the device.
 
-    :param folder: Holds ``train/CLASS/*.png`` and the same classes in ``test/`` or, where there is none, ``val/``; one will do.
+    :param folder: Holds ``train/CLASS/*.png`` and the same classes in ``test/`` or, where there is none, ``val/``; one
+        of the two will do.
     :param size: Side of the images in pixels.
-    :param train: Whether ``train/`` is read, in a random order, each image by a random resized crop, a last batch of one image
-        left out (BatchNorm has no variance for it); else ``test/`` or ``val/``, in order, resized and cropped at the centre.
-    :param resize: The shorter side before that central crop; ``None`` is `size`. ImageNet is evaluated with 256 for 224.
+    :param train: Whether ``train/`` is read, in a random order, each image by a random resized crop, a last batch of
+        one image left out (BatchNorm has no variance for it); else ``test/`` or ``val/``, in order, resized and cropped
+        at the centre.
+    :param resize: The shorter side before that central crop; ``None`` is `size`. RobustBench's ImageNet: 256 for 224.
     :param num_workers: Processes that decode.
     :return: A loader of (B, 3, size, size) uint8 and (B,) int64; ``loader.dataset.classes`` are the names.
     """
@@ -375,7 +387,9 @@ def image_folder_loader(
     workers = _checks.whole("num_workers", num_workers)
     return DataLoader(
         images,
-        batch_sampler=_SeededBatches(len(images), batch_size, train, _checks.whole("seed", seed)),
+        batch_size=batch_size,
+        sampler=_SeededOrder(len(images), train, _checks.whole("seed", seed)),
+        drop_last=train and len(images) % batch_size == 1 < len(images),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
@@ -400,22 +414,19 @@ class _SeededImages(Dataset[tuple[Tensor, int]]):
         return image, label
 
 
-class _SeededBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (place, seed of the crop), a new order and new seeds each epoch."""
+class _SeededOrder(Sampler[tuple[int, int]]):
+    """(place, seed of the crop) of every image, the seeds new each epoch and so is the order of training."""
 
-    def __init__(self, count: int, batch_size: int, train: bool, seed: int) -> None:
-        self.count, self.batch_size, self.train, self.random = count, min(batch_size, count), train, RandomSource(seed)
+    def __init__(self, count: int, train: bool, seed: int) -> None:
+        self.count, self.train, self.random = count, train, RandomSource(seed)
 
     def __len__(self) -> int:
-        whole, rest = divmod(self.count, self.batch_size)
-        return whole + (rest > 1 if self.train else rest > 0)
+        return self.count
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         order = self.random.permutation(self.count) if self.train else torch.arange(self.count)
         seeds = torch.randint(1 << 62, (self.count,), generator=self.random.generator)
-        pairs = list(zip(order.tolist(), seeds.tolist(), strict=True))
-        for batch in range(len(self)):
-            yield pairs[batch * self.batch_size : (batch + 1) * self.batch_size]
+        return zip(order.tolist(), seeds.tolist(), strict=True)
 
 
 def _image_folder(name: str, path: Path, size: int | None) -> DataSet:
@@ -446,7 +457,7 @@ def _decoded_all(images: Any) -> Any:
 
 
 def _images_of(path: Path, train: bool, transform: Callable[[Any], Any]) -> Any:
-    """:return: torchvision's ImageFolder of ``train/``, or of ``test/`` or ``val/``, with the same classes in both where both are there."""
+    """:return: torchvision's ImageFolder of ``train/`` or the other part, whose classes must agree where both exist."""
     datasets = _checks.optional("torchvision.datasets", "vision", "reading a folder of images")
     folders = path / "train", path / "test" if (path / "test").is_dir() else path / "val"
     folder = folders[0 if train else 1]

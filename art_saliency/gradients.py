@@ -17,15 +17,15 @@ __all__ = [
     "cosine",
     "importance",
     "input_gradient",
-    "jacobian_columns",
     "jacobian_frobenius",
     "jacobian_projection",
+    "sphere_directions",
     "top_share_mask",
     "unit_directions",
 ]
 
 
-def input_gradient(score: Tensor, x: Tensor, *, create_graph: bool = False) -> Tensor:
+def input_gradient(score: Tensor, x: Tensor, *, create_graph: bool = False, retain_graph: bool = False) -> Tensor:
     """
     The gradient of a score with respect to the images it was computed from.
 
@@ -34,12 +34,15 @@ def input_gradient(score: Tensor, x: Tensor, *, create_graph: bool = False) -> T
     :param score: A scalar, the sum over samples.
     :param x: (N, C, H, W) with ``requires_grad``.
     :param create_graph: Whether the gradient itself is to be differentiated (a penalty on it).
+    :param retain_graph: Whether the forward pass is still needed: something else of it will be differentiated.
     :return: (N, C, H, W).
     :raises UnsupportedModelError: When the score does not depend differentiably on `x`.
     """
     gradient = None
     if score.requires_grad:
-        gradient = torch.autograd.grad(score, x, create_graph=create_graph, allow_unused=True)[0]
+        gradient = torch.autograd.grad(
+            score, x, create_graph=create_graph, retain_graph=create_graph or retain_graph, allow_unused=True
+        )[0]
     if gradient is None:
         raise UnsupportedModelError(
             "model: got logits without a gradient to the images, expected a differentiable forward pass; "
@@ -57,10 +60,13 @@ def unit_directions(logits: Tensor, random: RandomSource | None = None) -> Tenso
     :return: (N, K) of length 1, detached.
     """
     drawn = normal(logits.detach(), random)
-    return drawn / drawn.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    unit: Tensor = drawn / drawn.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    return unit
 
 
-def jacobian_projection(logits: Tensor, x: Tensor, direction: Tensor, *, create_graph: bool = False) -> Tensor:
+def jacobian_projection(
+    logits: Tensor, x: Tensor, direction: Tensor, *, create_graph: bool = False, retain_graph: bool = False
+) -> Tensor:
     """
     J^T v of every sample, J = dz/dx, in one backward pass.
 
@@ -68,20 +74,11 @@ def jacobian_projection(logits: Tensor, x: Tensor, direction: Tensor, *, create_
     :param x: (N, C, H, W) with ``requires_grad``.
     :param direction: (N, K), each sample's v.
     :param create_graph: Whether the projection itself is to be differentiated.
+    :param retain_graph: Whether something else of the forward pass will be differentiated.
     :return: (N, C, H, W).
     """
-    return input_gradient((logits * direction).sum(), x, create_graph=create_graph)
-
-
-def _projections(logits: Tensor, x: Tensor, count: int | None, random: RandomSource | None, graph: bool) -> list[Tensor]:
-    """:return: J^T v for `count` random v, or for every unit vector of logit space, (N, P) each."""
-    if count is None:
-        basis = torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
-        directions = [vector.expand_as(logits) for vector in basis]
-    else:
-        _checks.whole("projections", count, least=1)
-        directions = [unit_directions(logits, random) for _ in range(count)]
-    return [jacobian_projection(logits, x, v, create_graph=graph).flatten(1) for v in directions]
+    score = (logits * direction.detach()).sum()
+    return input_gradient(score, x, create_graph=create_graph, retain_graph=retain_graph)
 
 
 def jacobian_frobenius(
@@ -97,43 +94,39 @@ def jacobian_frobenius(
 
     After Hoffman, Roberts and Yaida (2019), "Robust Learning with Jacobian Regularization".
 
-    :param logits: (N, K), computed from `x`.
+    :param logits: (N, K), computed from `x`; the graph stays for further gradients.
     :param x: (N, C, H, W) with ``requires_grad``.
     :param projections: n, at least 1: as many backward passes; ``None`` is the exact norm, K backward passes.
     :param random: Where the directions come from; ``None`` is torch's global generator.
     :param create_graph: Whether the norm is to be differentiated.
     :return: (N,), at least 0.
     """
-    squares = [rows.square().sum(1) for rows in _projections(logits, x, projections, random, create_graph)]
-    return torch.stack(squares).sum(0) * (1.0 if projections is None else logits.shape[1] / projections)
+    squares = [
+        weight
+        * jacobian_projection(logits, x, w, create_graph=create_graph, retain_graph=True).square().flatten(1).sum(1)
+        for w, weight in sphere_directions(logits, projections, random)
+    ]
+    return torch.stack(squares).sum(0)
 
 
-def jacobian_columns(
-    logits: Tensor,
-    x: Tensor,
-    *,
-    projections: int | None = 1,
-    random: RandomSource | None = None,
-    create_graph: bool = False,
-) -> Tensor:
+def sphere_directions(
+    logits: Tensor, projections: int | None = 1, random: RandomSource | None = None
+) -> list[tuple[Tensor, float]]:
     """
-    The L1 norm of w^T J, expected over w of mean square length K, or an unbiased estimate: (sqrt(K) / n) sum_k ||J^T v_k||_1.
+    Directions w of logit space and their weights, with sum weight * ||J^T w||^2 = ||J||_F^2 for every J, at least on average.
 
-    ``eps * ||J^T w||_1`` is the most that an L-inf perturbation of size `eps` can move w^T z to first order (the dual norm).
-    The expectation is sqrt(K) E|v_1| times the sum over pixels of the lengths of J's columns. Parameters are those of
-    :func:`jacobian_frobenius`.
-
-    :return: (N,), at least 0.
+    :param logits: (N, K), read for its shape, dtype and device alone.
+    :param projections: How many random ones, uniform on the sphere; ``None`` gives the K axes.
+    :param random: Where the random numbers come from; ``None`` is torch's global generator.
+    :return: Pairs of w (N, K), of length sqrt(K), detached, and a weight; the weights sum to 1.
     """
-    classes = logits.shape[1]
-    rows = _projections(logits, x, projections, random, create_graph)
-    if projections is not None:
-        return torch.stack([row.abs().sum(1) for row in rows]).sum(0) * (math.sqrt(classes) / projections)
-    squares = torch.stack([row.square() for row in rows]).sum(0)
-    # The square root has no derivative at 0, where a pixel that moves no logit lies: such a pixel counts 0.
-    lengths = torch.where(squares > 0, squares, torch.ones_like(squares)).sqrt() * (squares > 0)
-    mean_component = math.exp(math.lgamma(classes / 2) - math.lgamma((classes + 1) / 2)) / math.sqrt(math.pi)  # E|v_1|
-    return lengths.sum(1) * (math.sqrt(classes) * mean_component)
+    count, classes = logits.shape
+    length = math.sqrt(classes)
+    if projections is None:
+        axes = torch.eye(classes, dtype=logits.dtype, device=logits.device)[:, None].expand(-1, count, -1)
+        return [(length * axis, 1 / classes) for axis in axes]
+    _checks.whole("projections", projections, least=1)
+    return [(length * unit_directions(logits, random), 1 / projections) for _ in range(projections)]
 
 
 def importance(gradient: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from art_saliency import _checks
 from art_saliency.errors import CheckpointError
+from art_saliency.files import read_tensors, sha256_of_tensors, write_tensors
 from art_saliency.gradients import top_share_mask
 from art_saliency.modes import evaluating
 from art_saliency.randomness import RandomSource
@@ -38,6 +38,7 @@ __all__ = [
 SCORES = ("logits", "log-probability")
 """What a perturbation is scored by: the movement of all logits, or the drop of one class's log-probability."""
 
+_CHUNK = 4096  # images hashed at once
 _GRID = 8  # points along the shorter side when no stride is given: a stride of 4 at 32 x 32
 
 
@@ -96,13 +97,15 @@ def _class_log_probability(logits: Tensor, y: Tensor) -> Tensor:
     return (log_probability * weights).sum(-1)
 
 
-def _grid_scores(model: nn.Module, x: Tensor, y: Tensor | None, spots: Tensor, sigma: float, score: str, rows: int) -> Tensor:
+def _grid_scores(
+    model: nn.Module, x: Tensor, y: Tensor | None, spots: Tensor, sigma: float, score: str, rows: int
+) -> Tensor:
     """:return: (N, points), the score of every spot of one chunk of images; `rows` images a forward pass."""
     clean = model(x)
     target = clean.argmax(1) if y is None else y
     difference = blurred(x, sigma) - x
     scores = []
-    for some in spots.split(max(1, rows // len(x))):
+    for some in torch.split(spots, max(1, rows // len(x))):
         perturbed = x + some[:, None] * difference  # (points, N, C, H, W): the image inside 1 - M, its blur inside M
         logits = model(perturbed.flatten(0, 1)).view(len(some), len(x), -1)
         if score == "logits":
@@ -185,13 +188,6 @@ def salient_mask(scores: Tensor, size: tuple[int, int], share: float = 0.3) -> T
     return top_share_mask(full, share, _OneOrder(0, full.device))
 
 
-def _digest(into: Any, name: str, tensor: Tensor, rows: int = 4096) -> None:
-    into.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-    flat = tensor.detach().reshape(1) if tensor.ndim == 0 else tensor.detach()
-    for chunk in flat.split(rows):  # in chunks, so that a memory-mapped set is never in memory as a whole
-        into.update(chunk.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-
-
 def maps_fingerprint(teacher: nn.Module, x: Tensor, params: Mapping[str, Any], y: Tensor | None = None) -> str:
     """
     What cached maps depend on, as one number: the teacher's modules and weights, the data and the parameters.
@@ -204,41 +200,13 @@ def maps_fingerprint(teacher: nn.Module, x: Tensor, params: Mapping[str, Any], y
     :param y: The labels, when the maps depend on them.
     :return: A SHA-256 sum, 64 hexadecimal digits.
     """
-    total = hashlib.sha256(json.dumps(dict(params), sort_keys=True).encode())
-    total.update(repr(teacher).encode())
-    for name, value in teacher.state_dict().items():
-        if isinstance(value, Tensor):
-            _digest(total, name, value)
-    _digest(total, "x", x)
+    weights = {name: value for name, value in teacher.state_dict().items() if isinstance(value, Tensor)}
+    parts = [json.dumps(dict(params), sort_keys=True), repr(teacher), sha256_of_tensors(weights), str(tuple(x.shape))]
+    # In chunks, so that a memory-mapped set is never in memory as a whole.
+    parts += [sha256_of_tensors({"x": chunk}) for chunk in torch.split(x, _CHUNK)]
     if y is not None:
-        _digest(total, "y", y)
-    return total.hexdigest()
-
-
-def _read(path: Path) -> tuple[Tensor, str]:
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-        return stored["scores"], bytes(stored["fingerprint"].tolist()).hex()
-    except Exception as error:  # torch raises half a dozen types for a file that is not its own
-        raise CheckpointError(
-            f"cache: {str(path)!r} is not a cache of saliency maps ({type(error).__name__}); "
-            f"delete it or give another path: it was left untouched"
-        ) from error
-
-
-def _write(path: Path, scores: Tensor, fingerprint: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            digest = torch.tensor(list(bytes.fromhex(fingerprint)), dtype=torch.uint8)
-            torch.save({"scores": scores.detach().cpu().contiguous(), "fingerprint": digest}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)  # atomic: a reader meets the old file or the new one, never half of one
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        parts.append(sha256_of_tensors({"y": y}))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def load_or_compute(cache: str | os.PathLike[str] | None, fingerprint: str, compute: Callable[[], Tensor]) -> Tensor:
@@ -253,10 +221,14 @@ def load_or_compute(cache: str | os.PathLike[str] | None, fingerprint: str, comp
     """
     path = None if cache is None else Path(cache)
     if path is not None and path.exists():
-        scores, stored = _read(path)
-        if stored == fingerprint:
+        stored = read_tensors(path)
+        if set(stored) != {"scores", "fingerprint"}:
+            raise CheckpointError(f"{path}: got other tensors, expected a cache of saliency maps; give another path")
+        if bytes(stored["fingerprint"].tolist()).hex() == fingerprint:
+            scores: Tensor = stored["scores"]
             return scores
     scores = compute()
     if path is not None:
-        _write(path, scores, fingerprint)
+        digest = torch.tensor(list(bytes.fromhex(fingerprint)), dtype=torch.uint8)
+        write_tensors(path, {"scores": scores.detach().cpu().contiguous(), "fingerprint": digest})
     return scores

@@ -1,11 +1,10 @@
-"""AutoAttack's two distributions behind one face: fra31's own (module ``autoattack``) and ``pyautoattack`` from the registry."""
+"""AutoAttack's two distributions behind one face: its author's (module ``autoattack``) and ``pyautoattack``."""
 
 from __future__ import annotations
 
 import json
 import logging
 import sys
-from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
@@ -14,14 +13,15 @@ from torch import Tensor, nn
 
 from art_saliency import _checks
 from art_saliency.errors import MissingDependencyError
+from art_saliency.evaluation._autoattack_plan import Plan
 from art_saliency.threat import ThreatModel
 
-_LOG = logging.getLogger("art_saliency.autoattack")
+LOG = logging.getLogger("art_saliency.autoattack")
 _THEIRS = "autoattack"
 
 
 def distribution_version(name: str) -> str:
-    """:return: The installed version; fra31's is "0.1" at every commit, so the commit is added where pip wrote it down."""
+    """:return: The installed version, and the commit where pip wrote one down: the author's is always "0.1"."""
     try:
         found = metadata.distribution(name)
     except metadata.PackageNotFoundError:
@@ -43,14 +43,14 @@ class Messages:
     def warning(self, text: str) -> None:
         """pyautoattack's way to warn."""
         self.warnings.append(text)
-        _LOG.warning("AutoAttack: %s", text)
+        LOG.warning("AutoAttack: %s", text)
 
     def log(self, text: str) -> None:
-        """fra31's only way to say anything: warnings are marked by their first word."""
+        """The author's only way to say anything: warnings are marked by their first word."""
         if text.startswith("Warning: "):
             self.warning(text.removeprefix("Warning: "))
         else:
-            _LOG.debug("AutoAttack: %s", text)
+            LOG.debug("AutoAttack: %s", text)
 
     info = debug = log
 
@@ -74,8 +74,7 @@ class Backend:
         model: nn.Module,
         threat: ThreatModel,
         version: str,
-        attacks: Sequence[str],
-        target_classes: int,
+        plan: Plan,
         square_queries: int,
         seed: int,
         device: torch.device,
@@ -84,10 +83,10 @@ class Backend:
         """
         An ``AutoAttack`` object set up for one evaluation.
 
-        :param version: Its parameters are set first; then `attacks` replaces the list that it stands for.
-        :param target_classes: Of APGD-T and FAB-T; theirs is 9 whatever the network has.
+        :param version: Its parameters are set first; then the plan's attacks replace the list that it stands for.
+        :param plan: Also gives the number of targets, which is 9 in AutoAttack whatever the network has.
         """
-        chosen = list(attacks) if version == "custom" else None
+        chosen = list(plan.attacks) if version == "custom" else None
         if self.name == _THEIRS:
             engine = self._class(
                 model, norm=threat.norm, eps=threat.eps, seed=seed, version=version, device=device,
@@ -97,8 +96,8 @@ class Backend:
             engine = self._class(
                 model, norm=threat.norm, eps=threat.eps, seed=seed, version=version, device=device, attacks=chosen
             )
-        engine.attacks_to_run = list(attacks)
-        engine.apgd_targeted.n_target_classes = engine.fab.n_target_classes = target_classes
+        engine.attacks_to_run = list(plan.attacks)
+        engine.apgd_targeted.n_target_classes = engine.fab.n_target_classes = plan.target_classes
         engine.square.n_queries = square_queries
         engine.logger = engine.apgd.logger = engine.apgd_targeted.logger = messages
         return engine
@@ -112,9 +111,9 @@ class Backend:
 
 def find_backend() -> Backend:
     """
-    fra31's distribution when it is installed, else pyautoattack: the same attack, bit for bit.
+    The author's distribution when it is installed, else pyautoattack: the same attack, bit for bit.
 
-    A stand-in that only calls itself ``autoattack`` (what makes robustbench importable beside pyautoattack) is passed over.
+    A stand-in that only calls itself ``autoattack``, as robustbench needs beside pyautoattack, is passed over.
 
     :raises MissingDependencyError: When neither is there.
     """

@@ -1,9 +1,10 @@
 """
 Exact resumption: every call of an inner attack is remembered on disk.
 
-AutoAttack reseeds torch with its seed in every call of an inner attack, so what a call returns depends on the network, the
-settings, its images and labels, and, for a randomised network, on the state of the random generators when it begins. All
-of that stands in the key. What it leaves behind (images, generator states, warnings) stands in the file.
+AutoAttack reseeds torch with its seed in every call of an inner attack, so what a call returns depends on the
+network, the settings, its images and labels, and, for a randomised network, on the state of the random generators when
+it begins. All of that stands in the key. What a call leaves behind (images, generator states, warnings) stands in the
+file.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -38,7 +40,7 @@ _INNER: dict[str, Callable[[Any], str]] = {
 
 
 def tensors_sha256(tensors: Iterable[tuple[str, Any]]) -> str:
-    """:return: SHA-256 over names, dtypes, shapes and bytes; what is not a tensor (a module's extra state) counts by its repr."""
+    """:return: SHA-256 over names, dtypes, shapes and bytes; what is not a tensor (extra state) counts by its repr."""
     digest = hashlib.sha256()
     for name, value in tensors:
         if not isinstance(value, Tensor):
@@ -46,7 +48,7 @@ def tensors_sha256(tensors: Iterable[tuple[str, Any]]) -> str:
             continue
         flat = value.detach().cpu().contiguous().reshape(-1)
         digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -119,7 +121,7 @@ class Memory:
         return tensors_sha256([("run", self._identity), ("call", (attack, call)), ("x", x), ("y", y), *generators])
 
     def recall(self, attack: str, call: int, key: str, device: torch.device) -> dict[str, Any] | None:
-        """:return: What :meth:`keep` was given; None when there is nothing, or it is damaged, or it belongs to another key."""
+        """:return: What :meth:`keep` was given; None when nothing is there, or it is damaged, or of another key."""
         try:
             seal, _, content = self._path(attack, call).read_bytes().partition(b"\n")
             # torch does not check the sums in its files: a flipped bit would come back as a pixel.
@@ -165,6 +167,7 @@ class Calls:
         self.tallies: dict[str, Tally] = {}
         self.remembered_seconds = 0.0
         self._number = 0
+        self._tracer = sys.gettrace()
         self._awaited: tuple[str, Tensor] | None = None
         for place, name in _INNER.items():
             inner = getattr(engine, place)
@@ -174,6 +177,7 @@ class Calls:
     def _perturb(
         self, name: Callable[[Any], str], inner: Any, compute: Callable[..., Tensor], x: Tensor, y: Tensor
     ) -> Tensor:
+        sys.settrace(self._tracer)  # AutoAttack's check has switched it off, and an attack lasts hours
         attack = name(inner)
         self._number += 1
         x_adv = compute(x, y) if self.memory is None else self._remembered(self.memory, attack, compute, x, y)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
 import time
@@ -20,33 +19,25 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from art_saliency import _checks
 from art_saliency.errors import UnsupportedModelError
-from art_saliency.evaluation._autoattack_backend import Messages, find_backend
+from art_saliency.evaluation._autoattack_backend import LOG, Messages, find_backend
 from art_saliency.evaluation._autoattack_guard import process_kept, seed_everything
 from art_saliency.evaluation._autoattack_memory import Calls, Memory, Tally, tensors_sha256, weights_sha256
+from art_saliency.evaluation._autoattack_plan import (
+    ATTACKS,
+    QUERIES,
+    VERSIONS,
+    Plan,
+    check_images_fit,
+    plan_attacks,
+)
 from art_saliency.evaluation.accuracy import binomial_interval
 from art_saliency.threat import ThreatModel
 
 __all__ = ["ATTACKS", "VERSIONS", "AutoAttackResult", "autoattack"]
 
-VERSIONS: dict[str, tuple[str, ...]] = {
-    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
-    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
-    "rand": ("apgd-ce", "apgd-dlr"),
-}
-"""What AutoAttack's versions run, in order; each attack sees only the images that all before it left standing."""
-
-ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
-"""What ``version="custom"`` may name."""
-
-# The DLR loss divides by z_(1) - z_(3), its targeted form by z_(1) - (z_(3) + z_(4)) / 2: logits in descending order.
-_LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}
-_TARGETS = 9  # that the standard version gives APGD-T and FAB-T, so it needs ten classes
-_QUERIES = 5000  # of Square in the standard version
 _PROBE = 4  # images whose logits a state folder remembers
 _ROUNDING = 1e-6  # of float32 pixels
 _CHUNK = 256  # images whose distances are taken at once, in float64
-
-_LOG = logging.getLogger("art_saliency.autoattack")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +49,7 @@ class AutoAttackResult:
     :ivar correct: (N,) bool on the CPU: classified correctly by a clean forward pass over `x_adv`.
     :ivar clean_accuracy: 0 to 1.
     :ivar robust_accuracy: 0 to 1, the mean of `correct`.
-    :ivar robust_accuracy_after: AutoAttack's own count after each attack, in order. An attack that was left nothing to attack
+    :ivar robust_accuracy_after: AutoAttack's own count after each attack, in order. An attack that was left no image
         did not run and has no entry.
     :ivar eps: In units of the [0, 1] pixel range.
     :ivar norm: ``"Linf"`` or ``"L2"``.
@@ -87,7 +78,7 @@ class AutoAttackResult:
     eps: float
     norm: str
     version: str
-    attacks: tuple[str, ...]
+    attacks: list[str]
     standard: bool
     deviations: list[str]
     warnings: list[str]
@@ -110,7 +101,7 @@ class AutoAttackResult:
     def to_json(self) -> dict[str, Any]:
         """:return: Everything but the tensors, and ``count`` and ``interval``."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if not isinstance(getattr(self, f.name), Tensor)}
-        return {**plain, "attacks": list(self.attacks), "count": len(self.correct), "interval": list(self.interval)}
+        return {**plain, "count": len(self.correct), "interval": list(self.interval)}
 
 
 def autoattack(
@@ -122,7 +113,7 @@ def autoattack(
     norm: str = "Linf",
     version: str = "standard",
     attacks: Sequence[str] | None = None,
-    square_queries: int = _QUERIES,
+    square_queries: int = QUERIES,
     batch_size: int = 250,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -132,12 +123,14 @@ def autoattack(
     """
     Robust accuracy under AutoAttack.
 
-    The adversarial images are those of the backend called directly on the network in eval mode, bit for bit, with the same seed
-    and batch size (a randomised network: after ``torch.manual_seed(seed)``). The network and the process are left as they were:
-    modes, gradients and their flags, random states, tracer.
+    The adversarial images are those of the backend called directly on the network in eval mode, bit for bit, with the
+    same seed and batch size (a randomised network: after ``torch.manual_seed(seed)``). The network and the process are
+    left as they were: modes, gradients and their flags, random states, tracer.
 
-    With fewer than ten classes the standard version cannot run. APGD-T and FAB-T then get one target less than there are classes;
-    with three classes untargeted APGD-DLR stands in for APGD-T; with two APGD-T is left out. Such a result says ``standard=False``.
+    With fewer than ten classes the standard version cannot run. APGD-T and FAB-T then get one target less than there
+    are classes; with three classes untargeted APGD-DLR stands in for APGD-T; with two it is left out, and the result of
+    a network with large logits, on which the cross-entropy has no gradient, rests on FAB-T and Square. The result says
+    ``standard=False`` and why.
 
     :param model: Maps (N, C, H, W) in [0, 1] to logits (N, K); normalisation inside. Evaluated in eval mode.
     :param x: (N, C, H, W) in [0, 1], array or tensor on any device; converted to float32.
@@ -146,13 +139,13 @@ def autoattack(
     :param norm: ``"Linf"`` or ``"L2"``.
     :param version: ``"standard"``; ``"plus"``; ``"rand"`` for randomised networks; ``"custom"`` with `attacks`.
     :param attacks: Names from :data:`ATTACKS`, in order, each with AutoAttack's own parameters for a custom list.
-    :param square_queries: Of Square, 5000 in the standard version. More of them tell whether a black-box attack beats the white-box
-        ones (a sign of masked gradients), fewer make a smoke test; either is a deviation.
+    :param square_queries: Of Square, 5000 in the standard version. More of them tell whether a black-box attack beats
+        the white-box ones (a sign of masked gradients), fewer make a smoke test; either is a deviation.
     :param batch_size: Images at once.
     :param seed: Each call of an attack starts from it.
     :param device: Where the network already is; ``None`` finds out.
-    :param state_dir: A folder in which every finished call is kept: the same call with the same folder continues after a kill, and
-        ends with the same adversarial images, bit for bit. ``None`` keeps nothing.
+    :param state_dir: A folder in which every finished batch of every attack is kept: the same evaluation with the same
+        folder continues after a kill and ends with the same adversarial images, bit for bit. ``None`` keeps nothing.
     :param progress: Whether a bar is shown on stderr.
     :return: The result.
     :raises MissingDependencyError: When neither distribution of AutoAttack is installed.
@@ -160,21 +153,23 @@ def autoattack(
     :raises InputError: When an argument is outside what is accepted, or `state_dir` was begun with other settings.
     """
     threat = ThreatModel(norm, _checks.real("eps", eps, above=0))
+    _checks.one_of("version", version, [*VERSIONS, "custom"])
+    _checks.whole("square_queries", square_queries, least=1)
     _checks.whole("batch_size", batch_size, least=1)
     _checks.whole("seed", seed)
-    images, home = _checks.images(x).cpu().float().contiguous(), _home(model, device)
     backend, messages, began = find_backend(), Messages(), time.perf_counter()
     with process_kept(model, backend.counter):
+        images, home = _own(_checks.images(x)).float(), _home(model, device)
         seed_everything(seed)
         logits = _logits(model, images[:batch_size].to(home))
-        targets = _checks.labels(_checks.as_tensor("y", y).cpu(), len(images), logits.shape[1], soft=False)
+        targets = _checks.labels(_own(_checks.as_tensor("y", y)), len(images), logits.shape[1], soft=False)
         plan = plan_attacks(version, attacks, logits.shape[1], square_queries)
-        _check_square(plan, threat, images)
+        check_images_fit(plan, threat, images)
         record: dict[str, Any] = {
             "eps": threat.eps,
             "norm": norm,
             "version": version,
-            "attacks": plan.attacks,
+            "attacks": list(plan.attacks),
             "backend": backend.name,
             "backend_version": backend.version,
             "seed": seed,
@@ -186,26 +181,20 @@ def autoattack(
         }
         memory = None
         if state_dir is not None:
-            more = {
-                "square_queries": square_queries,
-                "torch": torch.__version__,
-                "logits": logits[:_PROBE].cpu().tolist(),
-            }
-            memory = Memory(Path(state_dir), {**record, "attacks": list(plan.attacks), **more})
+            probe = {"logits": logits[:_PROBE].tolist(), "square_queries": square_queries, "torch": torch.__version__}
+            memory = Memory(Path(state_dir), {**record, **probe})
         clean = _predictions(model, images, home, batch_size) == targets
-        engine = backend.engine(
-            model, threat, version, plan.attacks, plan.target_classes, square_queries, seed, home, messages
-        )
-        with _progress_bar(plan.attacks, clean, shown=progress) as seen:
+        engine = backend.engine(model, threat, version, plan, square_queries, seed, home, messages)
+        with _progress_bar(plan, clean, shown=progress) as seen:
             calls = Calls(engine, messages, memory, seen)
             seed_everything(seed)
             x_adv, y_adv = backend.run(engine, images, targets, batch_size)
         correct = _predictions(model, x_adv, home, batch_size) == targets
         doubts = [*_outside(x_adv, images, threat), *_recount(correct, y_adv == targets)]
         if weights_sha256(model) != record["weights_sha256"]:
-            doubts.append("the network's state_dict changed during the evaluation: in eval mode it should not")
+            doubts.append("the network's state_dict changed during the evaluation, which in eval mode it must not")
     for doubt in doubts:
-        _LOG.warning(doubt)
+        LOG.warning(doubt)
     return AutoAttackResult(
         x_adv=x_adv,
         correct=correct,
@@ -221,71 +210,10 @@ def autoattack(
     )
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Which attacks run, with how many targets each targeted one, and how that differs from the standard version."""
-
-    attacks: tuple[str, ...]
-    target_classes: int
-    deviations: list[str]
-
-
-def plan_attacks(version: str, attacks: Sequence[str] | None, classes: int, square_queries: int) -> Plan:
-    """
-    Adapt a version to the number of classes.
-
-    :param classes: K, at least 2. The other parameters are those of :func:`autoattack`.
-    :return: What runs.
-    :raises InputError: When a custom list names what cannot run; nothing that was named is dropped in silence.
-    """
-    _checks.one_of("version", version, [*VERSIONS, "custom"])
-    _checks.whole("square_queries", square_queries, least=1)
-    if version == "custom":
-        names, deviations = _custom(attacks, classes), ["version 'custom'"]
-    elif attacks is not None:
-        raise _checks.refuse(
-            "attacks", repr(attacks), f"None with version={version!r}", "version='custom' takes a list"
-        )
-    else:
-        names, deviations = _fitting(VERSIONS[version], classes)
-        if version != "standard":
-            deviations.insert(0, f"version {version!r}")
-    targeted = [name for name in names if name in ("apgd-t", "fab-t")]
-    if targeted and classes - 1 < _TARGETS:
-        deviations.append(
-            f"{classes} classes: {' and '.join(targeted)} with {classes - 1} of the standard {_TARGETS} targets"
-        )
-    if "square" in names and square_queries != _QUERIES:
-        deviations.append(f"square with {square_queries} queries instead of {_QUERIES}")
-    return Plan(tuple(names), min(_TARGETS, classes - 1), deviations)
-
-
-def _custom(attacks: Sequence[str] | None, classes: int) -> list[str]:
-    names = [] if attacks is None or isinstance(attacks, str) else list(attacks)
-    if not names or len(set(names)) < len(names):
-        raise _checks.refuse("attacks", repr(attacks), f"a list, each once, of {', '.join(ATTACKS)}")
-    for name in names:
-        least = _LEAST_CLASSES.get(_checks.one_of("attacks", name, ATTACKS), 2)
-        if classes < least:
-            raise _checks.refuse(
-                "attacks", f"{name!r} for {classes} classes", f"at least {least} classes", "leave it out"
-            )
-    return names
-
-
-def _fitting(wanted: Sequence[str], classes: int) -> tuple[list[str], list[str]]:
-    """:return: The attacks that can run, in order, and what was changed."""
-    names, changes = [], []
-    for name in wanted:
-        least = _LEAST_CLASSES.get(name, 2)
-        if classes >= least:
-            names.append(name)
-        elif name == "apgd-t" and classes >= _LEAST_CLASSES["apgd-dlr"] and "apgd-dlr" not in wanted:
-            names.append("apgd-dlr")
-            changes.append(f"{classes} classes: apgd-t needs {least}, untargeted apgd-dlr runs in its place")
-        else:
-            changes.append(f"{classes} classes: {name} needs {least} and is left out")
-    return names, changes
+def _own(tensor: Tensor) -> Tensor:
+    """:return: The tensor on the CPU, contiguous (AutoAttack takes views) and usable by autograd."""
+    tensor = tensor.cpu().contiguous()
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _home(model: nn.Module, device: torch.device | str | None) -> torch.device:
@@ -311,7 +239,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
-    """:return: The network's output, when it is what AutoAttack can attack: logits (N, K), in full precision, finite."""
+    """:return: The network's output, when AutoAttack can attack it: logits (N, K), in full precision, finite."""
     with torch.no_grad():
         logits = model(x)
     wanted = f"logits ({len(x)}, K), one finite float32 tensor"
@@ -330,35 +258,28 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
     return logits
 
 
-def _check_square(plan: Plan, threat: ThreatModel, images: Tensor) -> None:
-    if (
-        "square" in plan.attacks and threat.norm == "L2" and images.shape[2] < 5
-    ):  # it starts from stripes, a fifth as high
-        size = f"{images.shape[2]} x {images.shape[3]} pixels"
-        raise _checks.refuse(
-            "x", f"images of {size}", "at least 5 rows, for Square under L2", "name the other attacks: custom"
-        )
-
-
 def _predictions(model: nn.Module, x: Tensor, device: torch.device, batch_size: int) -> Tensor:
-    """:return: (N,) int64 on the CPU, in AutoAttack's own batches; -1, which no label is, where logits are not finite."""
+    """:return: (N,) int64 on the CPU, in AutoAttack's own batches; -1, no label, where logits are not finite."""
+    found = []
     with torch.no_grad():
-        batches = (model(batch.to(device)) for batch in x.split(batch_size))
-        found = [torch.where(torch.isfinite(logits).all(1), logits.argmax(1), -1).cpu() for logits in batches]
+        for start in range(0, len(x), batch_size):
+            logits = model(x[start : start + batch_size].to(device))
+            found.append(torch.where(torch.isfinite(logits).all(1), logits.argmax(1), -1).cpu())
     return torch.cat(found)
 
 
 def _outside(x_adv: Tensor, x: Tensor, threat: ThreatModel) -> list[str]:
     """:return: A complaint when an adversarial image is not one under the threat model."""
-    pairs = zip(x_adv.split(_CHUNK), x.split(_CHUNK), strict=True)
-    distance = torch.cat([threat.distance(a.double(), b.double()) for a, b in pairs])
+    # In float64, in which a ball of float32 pixels is exact; a chunk at a time, for it doubles what they take.
+    chunks = [slice(start, start + _CHUNK) for start in range(0, len(x), _CHUNK)]
+    distance = torch.cat([threat.distance(x_adv[chunk].double(), x[chunk].double()) for chunk in chunks])
     far = ~(distance <= threat.eps + _ROUNDING)  # NaN is far
     beyond = ((x_adv < -_ROUNDING) | (x_adv > 1 + _ROUNDING)).flatten(1).any(1)
     if not bool((far | beyond).any()):
         return []
     return [
         f"{int((far | beyond).sum())} adversarial images are outside the threat model: distances up to "
-        f"{float(distance.max()):g} with eps {threat.eps:g}, pixels from {float(x_adv.min()):g} to {float(x_adv.max()):g}"
+        f"{float(distance.max()):g} (eps {threat.eps:g}), pixels from {float(x_adv.min()):g} to {float(x_adv.max()):g}"
     ]
 
 
@@ -367,24 +288,22 @@ def _recount(correct: Tensor, by_autoattack: Tensor) -> list[str]:
     if torch.equal(correct, by_autoattack):
         return []
     return [
-        f"AutoAttack counted {int(by_autoattack.sum())} of {len(correct)} images as robust, a clean forward pass over its images "
-        f"{int(correct.sum())}; they disagree on {int((correct != by_autoattack).sum())}: images on the decision boundary, or a "
-        f"network that is not deterministic"
+        f"AutoAttack counted {int(by_autoattack.sum())} of {len(correct)} images as robust, a clean forward pass over "
+        f"its result {int(correct.sum())}; they disagree on {int((correct != by_autoattack).sum())}: the decision "
+        "boundary runs through these images, or the network is not deterministic"
     ]
 
 
 @contextmanager
-def _progress_bar(
-    attacks: Sequence[str], clean: Tensor, *, shown: bool
-) -> Iterator[Callable[[str, dict[str, Tally]], None]]:
-    """A bar over images times attacks, with the running robust accuracy. :return: What is to be called after each batch."""
+def _progress_bar(plan: Plan, clean: Tensor, *, shown: bool) -> Iterator[Callable[[str, dict[str, Tally]], None]]:
+    """A bar over images times attacks, with the running robust accuracy. :return: What each batch is reported to."""
     count, standing = len(clean), int(clean.sum())
-    with tqdm(total=count * len(attacks), desc="AutoAttack", unit="image", disable=not shown) as bar:
+    with tqdm(total=count * len(plan.attacks), desc="AutoAttack", unit="image", disable=not shown) as bar:
 
         def seen(attack: str, tallies: dict[str, Tally]) -> None:
             left, tally = standing - sum(t.fooled for t in tallies.values()), tallies[attack]
             # An image that an earlier attack fooled needs no further one: it counts as done in all that follow.
-            done = attacks.index(attack) * count + count - (left + tally.fooled) + tally.attacked
+            done = plan.attacks.index(attack) * count + count - (left + tally.fooled) + tally.attacked
             bar.set_postfix(attack=attack, robust=f"{left / count:.2%}", refresh=False)
             bar.update(done - bar.n)
 

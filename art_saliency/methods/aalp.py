@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from art_saliency import _checks
+from art_saliency.attacks import cross_entropy
 from art_saliency.errors import UnsupportedModelError
 from art_saliency.gradients import top_share_mask
 from art_saliency.methods.base import Attack, Batch, LossTerms, warmup
-from art_saliency.methods.baselines import ALP, alp_loss, full_precision, joint_logits, pairing_distance
+from art_saliency.methods.baselines import ALP, alp_loss, full_precision, joint_logits
 from art_saliency.modes import evaluating, frozen
 from art_saliency.randomness import RandomSource, uniform
 
@@ -45,8 +47,11 @@ GUIDES = ("true", "predicted", "random")
 WEIGHTINGS = ("p_y", "correct", "p_y_above", "constant")
 """What a sample's pairing counts: p_y(x); 1[x is classified correctly]; 1[p_y(x) >= p_y(x~)]; 1."""
 
-BRANCHES = ("both", "adversarial")
-"""Which logits the mask is on."""
+BRANCHES = ("clean", "separate", "both")
+"""
+Which features are masked: the clean ones, so that the adversarial logits are paired with what the high-contribution features
+alone say; either branch by its own contributions; both by the clean ones.
+"""
 
 
 # --- observation and mask -------------------------------------------------------------------------------------------------
@@ -109,15 +114,16 @@ def guided_mask(
     Ranking by |c|, not by c: a signed ranking for the true class tells the label, which the network then reads off the mask.
 
     :param contributions: (N, C).
-    :param rate: The share of channels that are candidates, 0 to 1; C - round((1 - rate) * C) of them. Ties are broken at
-        random.
+    :param rate: The share of channels that are candidates, 0 to 1: all but round((1 - rate) * C) of them, and never all. Ties
+        are broken at random.
     :param probability: With which each candidate is dropped.
     :param rescale: Whether what is left is scaled up to a mean of 1, as in ordinary dropout.
     :param random: Where the random numbers come from; ``None`` is torch's global generator.
     :return: (N, C), 0 where dropped, detached.
     """
     _checks.real("rate", rate, least=0, below=1)
-    kept = top_share_mask(contributions.detach().abs()[:, None, None], 1 - rate, random)[:, 0, 0]
+    share = max(1 - rate, 1 / contributions.shape[1])
+    kept = top_share_mask(contributions.detach().abs()[:, None, None], share, random)[:, 0, 0]
     if probability < 1:
         kept = torch.maximum(kept, (uniform(kept, random) >= probability).to(kept.dtype))
     return kept / kept.mean(1, keepdim=True) if rescale else kept
@@ -151,33 +157,42 @@ def find_guided_layer(model: nn.Module, x: Tensor) -> str:
     :raises UnsupportedModelError: When there is neither; name the layer.
     """
     calls, logits = _trace(model, x[:2])
-    maps = [place for place, (_, _, output) in enumerate(calls) if _is_feature_map(output, logits)]
-    if maps and not any(isinstance(output, Tensor) and output.ndim == 3 for _, _, output in calls[maps[-1] + 1 :]):
-        name, _, found = calls[maps[-1]]
-        consumer, consumed, _ = calls[maps[-1] + 1] if maps[-1] + 1 < len(calls) else ("", None, None)
-        takes_it = isinstance(consumed, Tensor) and consumed.ndim in (2, 4) and consumed.shape[1] == found.shape[1]
-        rectified = takes_it and bool((found < 0).any()) and not bool((consumed < 0).any())
-        shared = sum(other == name for other, _, _ in calls) > 1
-        return f"{consumer}:input" if takes_it and consumer and (rectified or shared) else name
-    modules = dict(model.named_modules())
-    for name, consumed, _ in reversed(calls):
-        if isinstance(modules[name], nn.Linear) and isinstance(consumed, Tensor) and consumed.ndim == 2:
-            return f"{name}:input"
+    maps = [place for place, call in enumerate(calls) if _is_feature_map(call.output, logits)]
+    after = calls[maps[-1] + 1 :] if maps else []
+    if maps and not any(call.output is not None and call.output.ndim == 3 for call in after):
+        last = calls[maps[-1]]
+        shared = sum(call.module is last.module for call in calls) > 1
+        return f"{after[0].name}:input" if after and _guided_instead(last, after[0], shared) else last.name
+    for call in reversed(calls):
+        if isinstance(call.module, nn.Linear) and call.consumed is not None and call.consumed.ndim == 2:
+            return f"{call.name}:input"
     raise UnsupportedModelError(
         "layer: got None and a network without a feature map or a linear head, expected either; name the guided layer"
     )
 
 
-def _trace(model: nn.Module, x: Tensor) -> tuple[list[tuple[str, Any, Any]], Tensor]:
-    """:return: Every submodule's (name, first input, output) in the order in which they finished, and the logits."""
-    calls: list[tuple[str, Any, Any]] = []
+class _Call(NamedTuple):
+    """One call of a submodule in a dry run: its first input and its output, where they are tensors."""
+
+    name: str
+    module: nn.Module
+    consumed: Tensor | None
+    output: Tensor | None
+
+
+def _trace(model: nn.Module, x: Tensor) -> tuple[list[_Call], Tensor]:
+    """:return: The calls of a forward in eval mode, in the order in which they finished, and the logits."""
+    calls: list[_Call] = []
+
+    def copied(value: Any) -> Tensor | None:
+        return value.clone() if isinstance(value, Tensor) else None  # what follows may work in place
+
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if name:
 
-                def record(_: nn.Module, inputs: tuple[Any, ...], output: Any, name: str = name) -> None:
-                    consumed = inputs[0].clone() if inputs and isinstance(inputs[0], Tensor) else None
-                    calls.append((name, consumed, output.clone() if isinstance(output, Tensor) else None))
+                def record(module: nn.Module, inputs: tuple[Any, ...], output: Any, name: str = name) -> None:
+                    calls.append(_Call(name, module, copied(inputs[0]) if inputs else None, copied(output)))
 
                 stack.callback(module.register_forward_hook(record).remove)
         stack.enter_context(evaluating(model))
@@ -185,11 +200,20 @@ def _trace(model: nn.Module, x: Tensor) -> tuple[list[tuple[str, Any, Any]], Ten
         return calls, model(x)
 
 
-def _is_feature_map(output: Any, logits: Tensor) -> bool:
-    if not isinstance(output, Tensor) or output.ndim != 4 or output.shape[2] * output.shape[3] == 1:
+def _is_feature_map(output: Tensor | None, logits: Tensor) -> bool:
+    if output is None or output.ndim != 4 or output.shape[2] * output.shape[3] == 1:
         return False
     # A map of class scores (a convolutional head) is no feature map: its mask would say which class is the true one.
     return output.shape[1] != logits.shape[1] or not torch.allclose(output.mean((2, 3)), logits, rtol=1e-3, atol=1e-4)
+
+
+def _guided_instead(last: _Call, consumer: _Call, shared: bool) -> bool:
+    """:return: Whether the next module's input is the map after its ReLU, or the only place that is passed once."""
+    if last.output is None or consumer.consumed is None or consumer.consumed.ndim not in (2, 4):
+        return False
+    if consumer.consumed.shape[1] != last.output.shape[1]:
+        return False
+    return shared or (bool((last.output < 0).any()) and not bool((consumer.consumed < 0).any()))
 
 
 def _resolve(model: nn.Module, layer: str) -> tuple[nn.Module, bool]:
@@ -231,7 +255,10 @@ def _at_layer(model: nn.Module, layer: str, act: Callable[[Tensor], Tensor]) -> 
         handle.remove()
     if calls == 0:
         raise _checks.refuse(
-            "layer", f"{layer!r}, which the forward never calls", "a module that runs", "a compiled network hides its layers"
+            "layer",
+            f"{layer!r}, which the forward never calls",
+            "a module that runs",
+            "a compiled network hides its layers",
         )
 
 
@@ -239,9 +266,9 @@ def _guiding_pass(
     model: nn.Module, x: Tensor, y: Tensor, layers: Sequence[str], guide: str
 ) -> tuple[list[Tensor], Tensor]:
     """
-    One clean forward in eval mode, and one backward of what comes after the first guided layer.
+    One forward in eval mode, and one backward through what comes after the first guided layer.
 
-    :return: (N, C) contributions for each layer, and the unmasked logits (N, K).
+    :return: (N, channels) contributions for each layer, and the unmasked logits (N, K), detached.
     """
     features: list[Tensor] = []
 
@@ -256,14 +283,14 @@ def _guiding_pass(
         for layer in layers:
             stack.enter_context(_at_layer(model, layer, watch))
         logits = model(x.detach())
-        index = y if guide == "true" else logits.detach().argmax(1)
+        index = logits.detach().argmax(1) if guide == "predicted" else y
         score = full_precision(logits).gather(1, index[:, None]).sum()
-        gradients = torch.autograd.grad(score, features, allow_unused=True) if score.requires_grad else [None]
-    found = []
-    for feature, gradient in zip(features, gradients, strict=True):
-        if gradient is None:
-            raise UnsupportedModelError(f"layer: got {list(layers)}, expected layers that the logits depend on")
-        found.append(channel_contributions(feature, gradient))
+        gradients = torch.autograd.grad(score, features, allow_unused=True) if score.requires_grad else (None,)
+    found = [channel_contributions(a, g) for a, g in zip(features, gradients, strict=False) if g is not None]
+    if len(found) != len(layers):
+        raise UnsupportedModelError(
+            f"layer: got {', '.join(layers)}, expected features that the logits depend on differentiably; name another layer"
+        )
     return found, logits.detach()
 
 
@@ -322,28 +349,63 @@ def aalp_loss(
     clean_weight: float = 0.0,
     weighting: str = "p_y",
     normalise: bool = False,
+    balance: bool = False,
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """
-    L_AALP: :func:`~art_saliency.methods.baselines.alp_loss` of the masked logits with a weight on each sample's pairing.
+    A CE(z^m, y) + (1 - a) CE(z~^m, y) + lam * mean_i w_i mean_k (z^m_ik - z~^m_ik)^2: ALP's loss with sample weights.
 
-    :param clean_logits: (N, K), z^m.
+    :param clean_logits: (N, K), z^m, of the masked network where the branch is masked.
     :param adv_logits: (N, K), z~^m.
-    :param y: (N,) int64. The other parameters are those of :func:`alp_loss` and :func:`pairing_weights`.
+    :param y: (N,) int64.
+    :param clean_weight: a.
+    :param balance: Whether mean_i (1 - w_i) CE(z~^m_i, y_i) is added: what a sample's pairing loses, its classification gains.
+        The other parameters are those of :func:`~art_saliency.methods.baselines.alp_loss` and :func:`pairing_weights`.
     :return: Scalar.
     """
-    return alp_loss(
+    weights = pairing_weights(clean_logits, adv_logits, y, weighting, normalise=normalise)
+    loss = alp_loss(
         clean_logits,
         adv_logits,
         y,
         lam=lam,
         clean_weight=clean_weight,
         label_smoothing=label_smoothing,
-        pairing_weights=pairing_weights(clean_logits, adv_logits, y, weighting, normalise=normalise),
+        pairing_weights=weights,
     )
+    if not balance:
+        return loss
+    return loss + ((1 - weights).clamp_min(0) * cross_entropy(full_precision(adv_logits), y)).mean()
 
 
 class AALP(ALP):
+    """
+    AALP, a reconstruction: ALP whose features are optimised by Guided Dropout and whose pairing is weighted by the sample.
+
+    Guided Dropout is on only inside :meth:`forward`, by a hook that is gone afterwards: the trained network is the bare
+    backbone. With ``rate=0, weighting="constant"`` the objective is ALP at the same `lam` and `clean_weight`.
+
+    :param lam: Weight of the pairing, at least 0.
+    :param clean_weight: Share of the clean cross-entropy, 0 (adversarial only) to 1; 0.5 is ALP's average.
+    :param rate: The share of channels that Guided Dropout drops, 0 (off) to 1. What is dropped first are channels that are
+        off anyway: the logged ``dropped_alive`` says how many of the dropped ones were not.
+    :param ramp: The share of the run, 0 to 1, over which the rate rises linearly from 0.
+    :param guide: One of :data:`GUIDES`.
+    :param layer: The guided layer: a submodule's name, or ``"name:input"`` for what goes into it; several names for several
+        layers; ``None`` finds the last feature map before global pooling, see :func:`find_guided_layer`.
+    :param probability: With which each candidate is dropped, above 0 to 1.
+    :param rescale: Whether what is left is scaled up.
+    :param branches: One of :data:`BRANCHES`.
+    :param weighting: One of :data:`WEIGHTINGS`; ``"constant"`` turns the module off.
+    :param normalise: Whether a batch's weights are divided by their mean.
+    :param balance: Whether what a sample's pairing loses, its classification gains; see :func:`aalp_loss`.
+    :param label_smoothing: 0 to 1. The other parameters are those of
+        :class:`~art_saliency.methods.baselines.AdversarialObjective`.
+    """
+
+    name = "aalp"
+    soft_labels: ClassVar[bool] = False
+
     def __init__(
         self,
         *,
@@ -355,15 +417,16 @@ class AALP(ALP):
         attack: Attack | None = None,
         lam: float = 0.5,
         clean_weight: float = 0.0,
-        rate: float = 0.1,
+        rate: float = 0.3,
         ramp: float = 0.0,
         guide: str = "true",
         layer: str | Sequence[str] | None = None,
         probability: float = 1.0,
         rescale: bool = False,
-        branches: str = "both",
+        branches: str = "clean",
         weighting: str = "p_y",
         normalise: bool = False,
+        balance: bool = False,
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(
@@ -380,33 +443,29 @@ class AALP(ALP):
         self.rate = _checks.real("rate", rate, least=0, below=1)
         self.ramp = _checks.real("ramp", ramp, least=0, most=1)
         self.guide = _checks.one_of("guide", guide, GUIDES)
-        self.layer = layer
+        self.layer = layer if layer is None or isinstance(layer, str) else list(layer)
         self.probability = _checks.real("probability", probability, above=0, most=1)
         self.rescale = _checks.flag("rescale", rescale)
         self.branches = _checks.one_of("branches", branches, BRANCHES)
         self.weighting = _checks.one_of("weighting", weighting, WEIGHTINGS)
         self.normalise = _checks.flag("normalise", normalise)
-        self._found: dict[tuple[str, ...], tuple[str, ...]] = {}
-
-    name = "aalp"
-    soft_labels: ClassVar[bool] = False
-
-    def layers(self, model: nn.Module, x: Tensor) -> tuple[str, ...]:
-        """:return: The names of the guided layers; found by a dry run the first time that a network is seen."""
-        if self.layer is not None:
-            return (self.layer,) if isinstance(self.layer, str) else tuple(self.layer)
-        structure = tuple(f"{name}:{type(module).__name__}" for name, module in model.named_modules())
-        if structure not in self._found:
-            self._found[structure] = (find_guided_layer(model, x),)
-        return self._found[structure]
+        self.balance = _checks.flag("balance", balance)
+        self._found: dict[tuple[str, ...], str] = {}
 
     def forward(self, model: nn.Module, batch: Batch) -> LossTerms:
+        """
+        Attack with the mask off, guide, then one joint train-mode forward of [x; x~] with the mask on.
+
+        :return: :func:`aalp_loss`, the adversarial logits, and the terms ``ce_clean``, ``ce_adv``, ``pairing``,
+            ``pairing_weight``, ``logit_norm``, ``opposing`` (:func:`opposing_share`); with a mask also ``ce_unmasked`` (clean, in
+            eval mode, as the network will be deployed: see :func:`mask_leak`) and ``dropped_alive``.
+        """
         x_adv = self.adversarial(model, batch)
         rate = self.rate * warmup(batch.progress, self.ramp)
-        extra: dict[str, Tensor] = {}
+        masks, terms = self._masks(model, batch, x_adv, rate) if rate > 0 else ({}, {})
         with ExitStack() as stack:
-            if rate > 0:
-                extra = self._guide(model, batch, rate, stack)
+            for layer, mask in masks.items():
+                stack.enter_context(_at_layer(model, layer, partial(_masked, mask=mask)))
             clean_logits, adv_logits = joint_logits(model, batch.x, x_adv)
         loss = aalp_loss(
             clean_logits,
@@ -416,29 +475,50 @@ class AALP(ALP):
             clean_weight=self.clean_weight,
             weighting=self.weighting,
             normalise=self.normalise,
+            balance=self.balance,
             label_smoothing=self.label_smoothing,
         )
         weights = pairing_weights(clean_logits, adv_logits, batch.y, self.weighting, normalise=self.normalise)
-        terms = self.log_terms(clean_logits, adv_logits, batch.y) | extra
-        terms |= {
-            "pairing_weight": weights.mean(),
-            "opposing": opposing_share(clean_logits, adv_logits, batch.y),
-            "logit_norm": full_precision(clean_logits.detach()).norm(dim=1).mean(),
-        }
+        terms |= self.log_terms(clean_logits, adv_logits, batch.y)
+        terms["pairing_weight"] = weights.mean()
+        terms["logit_norm"] = full_precision(clean_logits.detach()).norm(dim=1).mean()
+        terms["opposing"] = opposing_share(clean_logits, adv_logits, batch.y)
         return LossTerms(loss, adv_logits, terms)
 
-    def _guide(self, model, batch, rate, stack):
-        layers = self.layers(model, batch.x)
-        extra = {}
-        gm = batch.target_model if getattr(self, "ema", False) and batch.target_model is not None else model
-        found, logits = _guiding_pass(gm, batch.x, batch.y, layers, "true" if self.guide == "random" else self.guide)
-        extra["ce_unmasked"] = F.cross_entropy(full_precision(logits), batch.y)
-        for layer, c in zip(layers, found, strict=True):
-            if self.guide == "random":
-                c = uniform(c, batch.random)
-            mask = guided_mask(c, rate, probability=self.probability, rescale=self.rescale, random=batch.random)
-            extra["alive"] = ((mask == 0) & (found[0] != 0)).sum() / (mask == 0).sum().clamp_min(1)
-            other = mask if self.branches == "both" else torch.ones_like(mask)
-            both = torch.cat([other, mask])
-            stack.enter_context(_at_layer(model, layer, lambda f, both=both: f * both.to(f.dtype).view(*both.shape, *[1] * (f.ndim - 2))))
-        return extra
+    def guided_layers(self, model: nn.Module, x: Tensor) -> list[str]:
+        """
+        Name the guided layers; by a dry run the first time that a network of this structure is seen.
+
+        :param model: The network. :param x: (N, C, H, W) in [0, 1], an example.
+        :return: Names, as :class:`AALP` takes them.
+        """
+        if self.layer is not None:
+            return [self.layer] if isinstance(self.layer, str) else self.layer
+        structure = tuple(f"{name}:{type(module).__qualname__}" for name, module in model.named_modules())
+        if structure not in self._found:
+            self._found[structure] = find_guided_layer(model, x)
+        return [self._found[structure]]
+
+    def _masks(
+        self, model: nn.Module, batch: Batch, x_adv: Tensor, rate: float
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """:return: The mask (2N, channels) of each guided layer for [x; x~], and what the guiding pass adds to the log."""
+        count, layers = len(batch.x), self.guided_layers(model, batch.x)
+        own = self.branches == "separate"
+        images = torch.cat([batch.x, x_adv]) if own else batch.x
+        found, logits = _guiding_pass(model, images, batch.y.repeat(2) if own else batch.y, layers, self.guide)
+        masks: dict[str, Tensor] = {}
+        alive, dropped = torch.zeros_like(logits[0, 0]), torch.zeros_like(logits[0, 0])
+        for layer, contribution in zip(layers, found, strict=True):
+            ranked = uniform(contribution, batch.random) if self.guide == "random" else contribution
+            mask = guided_mask(ranked, rate, probability=self.probability, rescale=self.rescale, random=batch.random)
+            alive, dropped = alive + ((mask == 0) & (contribution != 0)).sum(), dropped + (mask == 0).sum()
+            if not own:
+                mask = torch.cat([mask, mask if self.branches == "both" else torch.ones_like(mask)])
+            masks[layer] = mask
+        unmasked = F.cross_entropy(full_precision(logits[:count]), batch.y)
+        return masks, {"ce_unmasked": unmasked, "dropped_alive": alive / dropped.clamp_min(1)}
+
+
+def _masked(features: Tensor, mask: Tensor) -> Tensor:
+    return features * mask.to(features.dtype).view(*mask.shape, *[1] * (features.ndim - 2))

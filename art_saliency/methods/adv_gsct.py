@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from art_saliency import _checks
 from art_saliency.attacks import cross_entropy, margin
 from art_saliency.gradients import cosine, importance, input_gradient, top_share_mask
 from art_saliency.methods.base import Batch, LossTerms, Objective, warmup
+from art_saliency.methods.baselines import full_precision, kl_divergence
 from art_saliency.modes import batch_statistics_kept, evaluating, frozen
 from art_saliency.randomness import RandomSource, uniform
 from art_saliency.threat import ThreatModel
@@ -161,13 +161,12 @@ def l2_consensus_loss(g: Tensor, g_target: Tensor) -> Tensor:
 
     :return: Scalar, the mean over samples of ||g_i - t_i||^2, in squared units of the [0, 1] pixel's gradient.
     """
-    return (g.float() - g_target.float()).square().flatten(1).sum(1).mean()
+    return (full_precision(g) - full_precision(g_target)).square().flatten(1).sum(1).mean()
 
 
 def prediction_divergence(logits0: Tensor, logits: Tensor) -> Tensor:
     """:return: Scalar, mean_i KL(p(x0_i) || p(x~_i)), both branches live: consensus of the *predictions*."""
-    log_p0, log_p = logits0.float().log_softmax(1), logits.float().log_softmax(1)
-    return F.kl_div(log_p, log_p0, reduction="batchmean", log_target=True)
+    return kl_divergence(logits0, logits).mean()
 
 
 def linearity_error(score0: Tensor, score: Tensor, g: Tensor, delta: Tensor) -> Tensor:
@@ -267,13 +266,13 @@ class AdvGSCT(Objective):
             logits0 = model(x0)
         score0 = self._score(logits0, y)
         # "Intermediate gradient-based saliency": of the model as it stands in mid-training; the graph is kept for the consensus.
-        g = input_gradient(score0.sum(), x0, create_graph=need_g)
+        g = input_gradient(score0.sum(), x0, create_graph=need_g, retain_graph=self.prediction_consensus > 0)
 
         x_pseudo, mask = self.pseudo_inputs(x, x0.detach(), g, batch.random)
         x_pseudo.requires_grad_(True)
         logits = model(x_pseudo)  # the last train-mode forward of the step: it alone moves BatchNorm's statistics
         score = self._score(logits, y)
-        ce = cross_entropy(logits.float(), y).mean()
+        ce = cross_entropy(full_precision(logits), y).mean()
         if clean_loss is not None:
             ce = (ce + clean_loss) / 2
 
@@ -296,8 +295,7 @@ class AdvGSCT(Objective):
         """The saliency at the pseudo-input, in the graph only where the L2 term needs it live."""
         if self.target_network == "current":
             # The graph of the forward pass is needed again by the loss's own backward.
-            gradient = torch.autograd.grad(score.sum(), x_pseudo, create_graph=self.l2_consensus > 0, retain_graph=True)
-            return gradient[0]
+            return input_gradient(score.sum(), x_pseudo, create_graph=self.l2_consensus > 0, retain_graph=True)
         slow = batch.target_model
         if slow is None:
             raise _checks.refuse("target_network", "'ema' without a slow copy", "a run that keeps one", "pass ema=0.999")

@@ -8,7 +8,8 @@ activations to restore useful cues." FSR is a layer that is put into a network, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
+from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 
 from art_saliency import _checks
 from art_saliency.attacks import AttackLoss, cross_entropy
-from art_saliency.errors import InputError
+from art_saliency.errors import CheckpointError, InputError
 from art_saliency.methods.base import LossTerms
-from art_saliency.methods.surgery import Features, TokenGrid, insert_after, remove_inserted
+from art_saliency.methods.surgery import FeatureLayer, Features, TokenGrid, insert_after, remove_inserted
 from art_saliency.modes import evaluating
 from art_saliency.randomness import RandomSource, uniform
 
@@ -28,6 +29,8 @@ __all__ = [
     "AuxiliaryLogits",
     "FSRLayer",
     "FSRLoss",
+    "Separated",
+    "best_wrong_class",
     "capture",
     "deterministic",
     "drop_auxiliary_heads",
@@ -35,14 +38,13 @@ __all__ = [
     "fsr_loss",
     "insert_adapter",
     "insert_fsr",
+    "load_released",
+    "logistic_noise",
     "mask_share_inside",
     "randomised",
     "remove_adapter",
     "remove_fsr",
 ]
-
-GATES = ("exact", "softened", "frozen")
-"""How gradients pass the mask: as they are; as those of tau = 1; not at all. The forward pass is the same."""
 
 
 class AuxiliaryLogits(NamedTuple):
@@ -137,18 +139,18 @@ def bottleneck(channels: int, hidden: int) -> nn.Sequential:
 
 def logistic_noise(like: Tensor, random: RandomSource | None = None) -> Tensor:
     """
-    n = log u - log(1 - u), u ~ U(0, 1): the difference of two Gumbel variables, in float32 whatever `like` is.
+    The noise n = log u - log(1 - u), u ~ U(0, 1): a difference of two Gumbel variables, in float32 whatever `like` is.
 
     Written with log(log(u)) it would underflow in half precision.
 
     :return: Finite, of the shape of `like`.
     """
-    # The generator returns multiples of 2^-24, 0 among them: half of the least one stands for it.
+    # u may be 0, though never 1, in steps of 2^-24: half a step stands for 0.
     u = uniform(torch.empty_like(like, dtype=torch.float32), random).clamp_min(2.0**-25)
     return u.log() - torch.log1p(-u)
 
 
-class FSRLayer(nn.Module):
+class FSRLayer(FeatureLayer):
     """
     Separates features into robust and non-robust activations, and recalibrates the latter: f + m- R(m- f).
 
@@ -164,7 +166,7 @@ class FSRLayer(nn.Module):
     :param lambda_rec: The weight of L_rec in :meth:`auxiliary_loss`, at least 0.
     :param randomised: Whether the mask is noisy in eval mode as well, for the study of that variant; such a network must be
         evaluated as a randomised one. See :func:`randomised`.
-    :param tokens: How tokens lie on the image, for features (N, L, C); ``None`` takes (N, C, H, W).
+    :param tokens: As for :class:`~art_saliency.methods.surgery.FeatureLayer`.
     """
 
     def __init__(
@@ -180,7 +182,7 @@ class FSRLayer(nn.Module):
         randomised: bool = False,
         tokens: TokenGrid | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(tokens)
         self.channels = _checks.whole("channels", channels, least=1)
         self.num_classes = _checks.whole("num_classes", num_classes, least=2, remedy="L_sep needs a wrong class")
         self.hidden = _checks.whole("hidden", hidden, least=1)
@@ -188,7 +190,6 @@ class FSRLayer(nn.Module):
         self.lambda_sep = _checks.real("lambda_sep", lambda_sep, least=0)
         self.lambda_rec = _checks.real("lambda_rec", lambda_rec, least=0)
         self.randomised = _checks.flag("randomised", randomised)
-        self.tokens = tokens
         self.separation = bottleneck(channels, hidden)
         self.recalibration = bottleneck(channels, hidden)
         self.auxiliary: nn.Linear | None = nn.Linear(channels, num_classes)
@@ -196,19 +197,25 @@ class FSRLayer(nn.Module):
             nn.init.zeros_(self.recalibration[-1].weight)  # type: ignore[arg-type]
         self.recording = False
         """Whether train-mode forward passes keep their auxiliary logits for a loss."""
+        # These belong to the moment.
         self._quiet = False
         self._gate = "exact"
-        self._forget()
-
-    def _forget(self) -> None:
-        """Drop what belongs to a moment: it is neither copied nor pickled (tensors inside a graph cannot be)."""
         self._listeners: list[Callable[[Separated], None]] = []
         self._latest: AuxiliaryLogits | None = None
         self._random: RandomSource | None = None
         self._drawn: dict[tuple[torch.Size, torch.device], Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_listeners": [], "_latest": None, "_random": None, "_drawn": {}}
+        """What belongs to the moment is neither copied nor pickled: tensors inside a graph cannot be."""
+        moment: dict[str, Any] = {
+            "_listeners": [],
+            "_latest": None,
+            "_random": None,
+            "_drawn": {},
+            "_quiet": False,
+            "_gate": "exact",
+        }
+        return {**self.__dict__, **moment}
 
     @property
     def noisy(self) -> bool:
@@ -230,10 +237,11 @@ class FSRLayer(nn.Module):
         masks = torch.sigmoid(r / self.tau), torch.sigmoid(-r / self.tau)
         if self._gate == "exact":
             return masks
-        if self._gate == "frozen":
-            return masks[0].detach(), masks[1].detach()
-        soft = torch.sigmoid(r), torch.sigmoid(-r)
-        return masks[0].detach() + (soft[0] - soft[0].detach()), masks[1].detach() + (soft[1] - soft[1].detach())
+        m_plus, m_minus = masks[0].detach(), masks[1].detach()
+        if self._gate == "softened":  # the derivative of tau = 1; what is added is exactly 0
+            soft = torch.sigmoid(r)
+            m_plus, m_minus = m_plus + (soft - soft.detach()), m_minus - (soft - soft.detach())
+        return m_plus, m_minus
 
     def _noise(self, like: Tensor) -> Tensor:
         """
@@ -248,26 +256,23 @@ class FSRLayer(nn.Module):
             self._drawn[key] = logistic_noise(like, self._random).to(like.device)
         return self._drawn[key]
 
-    def forward(self, features: Tensor) -> Tensor:
+    def transform(self, f: Tensor) -> Tensor:
         """
         f+ + f~- = f + m- R(m- f): a gated residual, so the identity path always survives.
 
-        :param features: (N, C, H, W), any H and W; (N, L, C) where the layer was built for tokens, of which leading ones (the
-            class token) pass untouched.
-        :return: As `features`, shape and dtype.
+        :param f: (N, C, H, W), any H and W.
+        :return: As `f`, shape and dtype.
         """
-        leading, f = (None, features) if self.tokens is None else self.tokens.split(features)
         m_plus, m_minus = self.mask(f)
         f_minus = (m_minus * f).to(f.dtype)
-        correction = (m_minus * self.recalibration(f_minus)).to(f.dtype)
+        correction: Tensor = (m_minus * self.recalibration(f_minus)).to(f.dtype)
         if self._listeners or (self.recording and self.training):
             parts = Separated(m_plus, (m_plus * f).to(f.dtype), f_minus, f_minus + correction)
             if self.recording and self.training:
                 self._latest = self.auxiliary_logits(parts)
             for listener in self._listeners:
                 listener(parts)
-        output = f + correction
-        return output if leading is None or self.tokens is None else self.tokens.join(leading, output)
+        return f + correction
 
     def auxiliary_logits(self, parts: Separated) -> AuxiliaryLogits:
         """:return: A of the three features: global average pool, then the one linear layer that they share."""
@@ -301,7 +306,9 @@ class FSRLayer(nn.Module):
         latest, self._latest = self._latest, None
         if latest is None or len(latest.robust) < rows:
             got = "no train-mode forward pass" if latest is None else f"a forward pass of {len(latest.robust)} rows"
-            raise _checks.refuse("FSR", got, f"one of at least {rows} rows since the last loss", "put the network in train mode")
+            raise _checks.refuse(
+                "FSR", got, f"one of at least {rows} rows since the last loss", "put the network in train mode"
+            )
         return AuxiliaryLogits(*(part[-rows:] for part in latest))
 
     def adaptive_variants(self) -> Mapping[str, Callable[[], AbstractContextManager[AttackLoss | None]]]:
@@ -311,11 +318,13 @@ class FSRLayer(nn.Module):
         Inside, attack the network as usual; where the context yields a loss, with that loss. The forward pass is unchanged in
         all of them. With several layers, enter the contexts of all.
         """
-        return {
+        variants: dict[str, Callable[[], AbstractContextManager[AttackLoss | None]]] = {
             "gate softened": lambda: _gated(self, "softened"),
             "gate frozen": lambda: _gated(self, "frozen"),
-            "auxiliary logits": lambda: _auxiliary_attack(self),
         }
+        if self.auxiliary is not None:
+            variants["auxiliary logits"] = lambda: _auxiliary_attack(self)
+        return variants
 
     def extra_repr(self) -> str:
         """:return: The arguments, as ``repr`` shows them."""
@@ -409,11 +418,8 @@ def fsr_layers(model: nn.Module) -> dict[str, FSRLayer]:
 
     :raises InputError: When there is none.
     """
-    layers = {
-        name.removesuffix("fsr").removesuffix("."): module
-        for name, module in model.named_modules()
-        if isinstance(module, FSRLayer)
-    }
+    named = {f".{name}": module for name, module in model.named_modules() if isinstance(module, FSRLayer)}
+    layers = {name.removesuffix(".fsr")[1:]: module for name, module in named.items()}
     if not layers:
         raise _checks.refuse("model", "no FSR layer", "at least one", "insert_fsr(model, target, ...) puts one in")
     return layers
@@ -451,7 +457,7 @@ def _listening(model: nn.Module, listener: Callable[[str, FSRLayer, Separated], 
 @contextmanager
 def capture(model: nn.Module) -> Iterator[dict[str, AuxiliaryLogits]]:
     """
-    See the auxiliary logits of the last forward pass, in either mode, with their graph: ``with capture(model) as aux``.
+    See the auxiliary logits of the last forward pass, in either mode, with their graph.
 
     :return: By target; filled by every forward pass inside the context, emptied on exit.
     """
@@ -509,9 +515,73 @@ def mask_share_inside(model: nn.Module, x: Tensor, *, batch_size: int = 256) -> 
         inside[name].append(((parts.mask > 0.01) & (parts.mask < 0.99)).double().flatten(1).mean(1))
 
     with evaluating(model), torch.no_grad(), _listening(model, count):
-        for batch in x.split(_checks.whole("batch_size", batch_size, least=1)):
+        for batch in torch.split(x, _checks.whole("batch_size", batch_size, least=1)):
             model(batch.to(next(model.parameters()).device))
     return {name: float(torch.cat(shares).mean()) for name, shares in inside.items()}
+
+
+# --- checkpoints of the released code -------------------------------------------------------------------------------------
+
+
+def load_released(model: nn.Module, source: str | PathLike[str] | Mapping[str, Tensor]) -> nn.Module:
+    """
+    Load a checkpoint of the released code, in place: all of it, or nothing.
+
+    Its keys ``separation.sep_net.*``, ``recalibration.rec_net.*`` and ``aux.0.*`` become the FSR layer's; a leading ``module.``
+    is cut; ``sub_block1.*``, which the WRN of the release never calls, is left out where the network has none.
+
+    :param model: The network, one FSR layer inserted where the release has it, its backbone's names those of the release.
+    :param source: A file of tensors, or a state dict.
+    :return: The same network.
+    :raises CheckpointError: When the file cannot be read, or any key or shape does not fit; all of them are listed.
+    """
+    layers = fsr_layers(model)
+    if len(layers) != 1:
+        raise _checks.refuse("model", f"FSR layers behind {', '.join(layers)}", "one, as the release has")
+    released = source if isinstance(source, Mapping) else _read(source)
+    (target,) = layers
+    layer = f"{target}.fsr." if target else ""
+    own = model.state_dict()
+    state = {_released_name(key, layer): value for key, value in released.items()}
+    state = {key: value for key, value in state.items() if key in own or not key.startswith("sub_block1.")}
+    problems = [f"missing {key}" for key in own if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in own]
+    problems += [
+        f"{key} of shape {tuple(state[key].shape)} where the network has {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if problems:
+        raise CheckpointError(f"checkpoint: does not fit the network, nothing was loaded: {'; '.join(problems)}")
+    model.load_state_dict(state)
+    return model
+
+
+def _read(path: str | PathLike[str]) -> Mapping[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"checkpoint: {path} cannot be read as a file of tensors ({error})") from error
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        keys = f" with the keys {', '.join(map(str, content))}" if isinstance(content, Mapping) else ""
+        raise CheckpointError(
+            f"checkpoint: {path} holds a {type(content).__name__}{keys}, expected tensors by key; load it yourself and hand over its "
+            f"state dict"
+        )
+    return content
+
+
+def _released_name(key: str, layer: str) -> str:
+    """:return: Our name of a tensor of the release."""
+    key = key.removeprefix("module.")
+    for theirs, ours in (
+        ("separation.sep_net.", "separation."),
+        ("recalibration.rec_net.", "recalibration."),
+        ("aux.0.", "auxiliary."),
+    ):
+        if key.startswith(theirs):
+            return layer + ours + key[len(theirs) :]
+    return key
 
 
 # --- ART's own trainers ---------------------------------------------------------------------------------------------------
@@ -582,7 +652,8 @@ class FSRLoss(nn.CrossEntropyLoss):
             raise _checks.refuse("FSRLoss", "no train-mode forward pass", "one of its network since the last loss")
         rows = len(target)
         parts = [
-            fsr_loss(logits[-rows:], layer._take(rows), target, self.lambda_sep, self.lambda_rec).loss for layer in self._layers
+            fsr_loss(logits[-rows:], layer._take(rows), target, self.lambda_sep, self.lambda_rec).loss
+            for layer in self._layers
         ]
         return loss + torch.stack(parts).mean()
 
@@ -603,7 +674,7 @@ class FSRLoss(nn.CrossEntropyLoss):
 # --- the control ----------------------------------------------------------------------------------------------------------
 
 
-class AdapterLayer(nn.Module):
+class AdapterLayer(FeatureLayer):
     """
     The control f + R(f), of as many parameters as S and R together (to 0.5 %): neither masks nor losses.
 
@@ -615,24 +686,26 @@ class AdapterLayer(nn.Module):
     """
 
     def __init__(self, channels: int, *, fsr_hidden: int = 64, tokens: TokenGrid | None = None) -> None:
-        super().__init__()
-        self.tokens = tokens
+        super().__init__(tokens)
         # 18 C h + 9 h^2 + 4 h = 2 (18 C h_fsr + 9 h_fsr^2 + 4 h_fsr), solved for h.
         half = (18 * _checks.whole("channels", channels, least=1) + 4) / 18
         budget = 2 * (half * 18 * fsr_hidden + 9 * fsr_hidden**2) / 9
         self.recalibration = bottleneck(channels, round((half**2 + budget) ** 0.5 - half))
 
-    def forward(self, features: Tensor) -> Tensor:
-        """:return: f + R(f), as `features`."""
-        leading, f = (None, features) if self.tokens is None else self.tokens.split(features)
+    def transform(self, f: Tensor) -> Tensor:
+        """:return: f + R(f), (N, C, H, W) as `f`."""
         output: Tensor = f + self.recalibration(f)
-        return output if leading is None or self.tokens is None else self.tokens.join(leading, output)
+        return output
 
 
 def insert_adapter(model: nn.Module, target: str, example: Tensor, *, fsr_hidden: int = 64) -> nn.Module:
     """Put an :class:`AdapterLayer` behind a submodule, in place, as :func:`insert_fsr` does. :return: The same network."""
     insert_after(
-        model, target, example, "adapter", lambda found: AdapterLayer(found.channels, fsr_hidden=fsr_hidden, tokens=found.tokens)
+        model,
+        target,
+        example,
+        "adapter",
+        lambda found: AdapterLayer(found.channels, fsr_hidden=fsr_hidden, tokens=found.tokens),
     )
     return model
 

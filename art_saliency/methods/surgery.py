@@ -21,7 +21,7 @@ from art_saliency import _checks
 from art_saliency.errors import NoEffectWarning, UnsupportedModelError
 from art_saliency.modes import evaluating
 
-__all__ = ["Features", "Inserted", "TokenGrid", "insert_after", "inserted", "remove_inserted"]
+__all__ = ["FeatureLayer", "Features", "Inserted", "TokenGrid", "insert_after", "inserted", "remove_inserted"]
 
 
 class Inserted(nn.Module):
@@ -44,14 +44,19 @@ class Inserted(nn.Module):
         super().__init__()
         self.training = inner.training
         self.added_name = name
-        # One set of tensors, not two: what the submodule owns directly (a normalisation's weight) is seen, swapped and
-        # moved here under its old name.
-        self._parameters, self._buffers = inner._parameters, inner._buffers
-        self._non_persistent_buffers_set = inner._non_persistent_buffers_set
         self._loading: tuple[str, tuple[list[str], ...]] | None = None
-        self.register_load_state_dict_post_hook(_public_names)
+        self.register_load_state_dict_post_hook(_public_names)  # type: ignore[no-untyped-call]
         self.add_module(name, added)
         self.add_module("inner", inner)  # last: from here on, attributes are the submodule's
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add or replace a child, as in torch."""
+        super().add_module(name, module)
+        if name == "inner" and module is not None:
+            # One set of tensors, not two: what the submodule owns directly (a normalisation's weight) is seen, swapped and
+            # moved here under its old name.
+            self._parameters, self._buffers = module._parameters, module._buffers
+            self._non_persistent_buffers_set = module._non_persistent_buffers_set
 
     @property
     def added(self) -> nn.Module:
@@ -78,13 +83,20 @@ class Inserted(nn.Module):
         foreign = inner is not None and name not in self.__dict__ and name not in self._modules
         if foreign and (name in inner.__dict__ or name in inner._modules):
             setattr(inner, name, value)
+        elif name == "inner":
+            self.add_module(name, value)
         else:
             super().__setattr__(name, value)
 
-    def named_modules(  # type: ignore[override]
+    def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """:return: As in torch, with the submodule's descendants under the names that they had."""
+        """
+        As in torch, with the submodule's descendants under the names that they had.
+
+        The submodule itself is ``<target>.inner`` (tracing needs a name for each module); with duplicates it is ``<target>``,
+        so that every name of a tensor is one of the state dict's.
+        """
         memo = set() if memo is None else memo
         if self in memo:
             return
@@ -93,7 +105,7 @@ class Inserted(nn.Module):
         yield prefix, self
         dot = prefix + "." if prefix else ""
         for name, module in self.inner.named_modules(memo, prefix, remove_duplicate):
-            yield (f"{dot}inner" if module is self.inner else name), module
+            yield (f"{dot}inner" if module is self.inner and remove_duplicate else name), module
         yield from self.added.named_modules(memo, dot + self.added_name, remove_duplicate)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
@@ -113,14 +125,17 @@ class Inserted(nn.Module):
     ) -> None:
         # Nothing is loaded here: torch goes on to the children, and looks for the submodule's entries under "inner".
         layer = f"{prefix}{self.added_name}."
-        own = {key: state_dict.pop(key) for key in [*state_dict] if key.startswith(prefix) and not key.startswith(layer)}
+        own = {
+            key: state_dict.pop(key) for key in [*state_dict] if key.startswith(prefix) and not key.startswith(layer)
+        }
         state_dict.update({f"{prefix}inner.{key[len(prefix) :]}": value for key, value in own.items()})
         self._loading = (prefix, (missing_keys, unexpected_keys, error_msgs))
 
 
 def _public_names(wrapper: nn.Module, _: Any) -> None:
     """After loading: torch's complaints about the submodule, under the names that the user knows."""
-    assert isinstance(wrapper, Inserted) and wrapper._loading is not None
+    assert isinstance(wrapper, Inserted)
+    assert wrapper._loading is not None
     prefix, complaints = wrapper._loading
     wrapper._loading = None
     for lines in complaints:
@@ -168,9 +183,12 @@ class TokenGrid:
         sides = _sides(patches.shape[1], self.height, self.width)
         if sides is None:
             raise _checks.refuse(
-                "tokens", f"{patches.shape[1]} patches", f"a grid of the aspect ratio {self.height} x {self.width}", "resize the images"
+                "tokens",
+                f"{patches.shape[1]} patches",
+                f"a grid of the aspect ratio {self.height} x {self.width}",
+                "resize the images",
             )
-        return leading, patches.transpose(1, 2).unflatten(2, sides)
+        return leading, patches.transpose(1, 2).reshape(len(patches), -1, *sides)
 
     def join(self, leading: Tensor, features: Tensor) -> Tensor:
         """:return: (N, L, C), the inverse of :meth:`split`."""
@@ -197,6 +215,36 @@ class Features:
     tokens: TokenGrid | None
     num_classes: int
     like: Tensor
+
+
+class FeatureLayer(nn.Module):
+    """
+    A layer that maps features to features of the same shape: feature maps, or tokens seen as such.
+
+    Subclasses define :meth:`transform`.
+
+    :param tokens: How tokens lie on the image, for features (N, L, C); ``None`` takes (N, C, H, W).
+    """
+
+    def __init__(self, tokens: TokenGrid | None = None) -> None:
+        super().__init__()
+        self.tokens = tokens
+
+    def transform(self, f: Tensor) -> Tensor:
+        """:param f: (N, C, H, W), any H and W. :return: The same shape."""
+        raise NotImplementedError
+
+    def forward(self, features: Tensor) -> Tensor:
+        """
+        Apply :meth:`transform`.
+
+        :param features: (N, C, H, W); (N, L, C) where the layer was built for tokens: leading ones (the class token) pass untouched.
+        :return: As `features`.
+        """
+        if self.tokens is None:
+            return self.transform(features)
+        leading, f = self.tokens.split(features)
+        return self.tokens.join(leading, self.transform(f))
 
 
 def inserted(model: nn.Module, name: str | None = None) -> dict[str, Inserted]:
@@ -226,7 +274,9 @@ def insert_after(
     try:
         outputs, logits = _observe(model, submodule, example)
     except Exception as error:
-        raise _checks.refuse("example", f"shape {tuple(example.shape)} ({error})", "a batch that the network takes") from error
+        raise _checks.refuse(
+            "example", f"shape {tuple(example.shape)} ({error})", "a batch that the network takes"
+        ) from error
     features = _features(model, submodule, target, outputs, logits, example)
     layer = build(features).to(device=features.like.device, dtype=features.like.dtype).train(submodule.training)
     wrapper = Inserted(submodule, name, layer)
@@ -281,18 +331,24 @@ def _replace(model: nn.Module, target: str, module: nn.Module) -> None:
 
 def _find(model: nn.Module, target: str, name: str) -> nn.Module:
     """:return: The submodule of that name; a wrong name, the root, and places already taken are refused."""
-    known = {known: module for known, module in model.named_modules(remove_duplicate=False) if known}
+    known: dict[str, nn.Module] = {place: m for place, m in model.named_modules(remove_duplicate=False) if place}
     if target == "":
         raise _checks.refuse("target", "''", "a submodule", "the root cannot be replaced; name its last feature map")
     if target not in known:
-        hint = _checks.suggestion(target, known) or f"; its children are {', '.join(n for n, _ in model.named_children())}"
+        hint = (
+            _checks.suggestion(target, known) or f"; its children are {', '.join(n for n, _ in model.named_children())}"
+        )
         raise _checks.refuse("target", repr(target), f"the name of a submodule of {type(model).__name__}{hint}")
     for place, wrapper in inserted(model).items():
         added = f"{place}.{wrapper.added_name}"
-        if target in (place, f"{place}.inner") or target == added or target.startswith(f"{added}."):
-            raise _checks.refuse("target", repr(target), f"a place without a layer; {added!r} is there already", "remove it first")
+        if target in (place, added) or target.startswith(f"{added}."):
+            raise _checks.refuse(
+                "target", repr(target), f"a place without a layer; {added!r} is there already", "remove it first"
+            )
     if hasattr(known[target], name):
-        raise _checks.refuse("target", repr(target), f"a submodule without an attribute {name!r} of its own", "name its parent")
+        raise _checks.refuse(
+            "target", repr(target), f"a submodule without an attribute {name!r} of its own", "name its parent"
+        )
     return known[target]
 
 
@@ -320,19 +376,25 @@ def _features(
         remedy = f"name one of its children, {children[-1]!r} say" if children else "name a submodule that is used"
         raise refuse("is never called in a forward pass", "a submodule that is called once", remedy)
     if len(outputs) > 1:
-        raise refuse(f"is called {len(outputs)} times a forward pass", "a submodule that is called once", "name its parent")
+        raise refuse(
+            f"is called {len(outputs)} times a forward pass", "a submodule that is called once", "name its parent"
+        )
     output = outputs[0]
     if not isinstance(output, Tensor):
         raise refuse(f"returns a {type(output).__name__}", "a tensor", "name a submodule inside it or behind it")
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         got = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise UnsupportedModelError(f"model: got {got} as its output, expected logits (N, K); wrap it so that it returns them")
+        raise UnsupportedModelError(
+            f"model: got {got} as its output, expected logits (N, K); wrap it so that it returns them"
+        )
     if output.ndim not in (3, 4) or not output.is_floating_point():
         got = f"returns a {output.dtype} tensor of shape {tuple(output.shape)}"
         raise refuse(got, "features (N, C, H, W), or tokens (N, L, C)", "name a submodule before the pooling")
     _, first, second, last = (*output.shape, 0)[:4]
     if output.ndim == 4 and example.ndim == 4 and example.shape[-2] == example.shape[-1] and first == second != last:
-        raise refuse(f"returns channels last, {tuple(output.shape)}", "features (N, C, H, W)", "name the permutation behind it")
+        raise refuse(
+            f"returns channels last, {tuple(output.shape)}", "features (N, C, H, W)", "name the permutation behind it"
+        )
     tokens = None
     if output.ndim == 3:
         tokens = TokenGrid.of(output, tuple(example.shape), getattr(model, "num_prefix_tokens", None))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from art_saliency.methods.base import Batch, Objective, auxiliary_modules, auxiliary_terms
 from art_saliency.methods.baselines import Standard
@@ -15,11 +18,24 @@ from art_saliency.randomness import RandomSource
 __all__ = ["forward_backward_passes"]
 
 
+class _Counter(TorchDispatchMode):
+    """Adds up torch's own operation counts. Torch's ``FlopCounterMode`` also follows modules, by hooks that break ``autograd.grad``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (count := flop_registry.get(func.overloadpacket)) is not None:
+            self.total += int(count(*args, **(kwargs or {}), out_val=result))
+        return result
+
+
 def _operations(model: nn.Module, objective: Objective, batch: Batch) -> int:
     model = copy.deepcopy(model).train()
     modules = auxiliary_modules(model)
-    counter = FlopCounterMode(display=False)
-    with counter:
+    with _Counter() as counter:
         for module in modules:
             module.start_step(batch.random)
         terms = objective(model, batch)
@@ -27,7 +43,7 @@ def _operations(model: nn.Module, objective: Objective, batch: Batch) -> int:
         if modules:
             loss = loss + auxiliary_terms(modules, terms.logits, batch.y).loss
         loss.backward()
-    return int(counter.get_total_flops())
+    return counter.total
 
 
 def forward_backward_passes(model: nn.Module, objective: Objective, batch: Batch) -> float:

@@ -77,7 +77,14 @@ def alp(
 
 
 def ascend(
-    model: nn.Module, x: torch.Tensor, start: torch.Tensor, y: torch.Tensor, eps: float, step: float, steps: int, kind: str
+    model: nn.Module,
+    x: torch.Tensor,
+    start: torch.Tensor,
+    y: torch.Tensor,
+    eps: float,
+    step: float,
+    steps: int,
+    kind: str,
 ) -> torch.Tensor:
     """L-inf PGD, one image after the other, by autograd: ``"ce"``, or ``"kl"`` to the clean prediction."""
     found = []

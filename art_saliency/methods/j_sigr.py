@@ -1,0 +1,445 @@
+"""
+J-SIGR: Jacobian norm with selective input gradient regularization, a reconstruction from the abstract.
+
+| Source: Liu, Wu, Li, Boussaid, Bennamoun, Xie, Liang: Jacobian norm with Selective Input Gradient Regularization for
+  improved and interpretable adversarial defense. arXiv 2207.13036; Pattern Recognition 145:109902, 2024. The authors'
+  repository holds no code of the method; the abstract's clauses are quoted beside the lines that implement them, and
+  everything else is a choice (see j_sigr.md).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from art_saliency import _checks
+from art_saliency.attacks import cross_entropy, pgd
+from art_saliency.errors import UnsupportedModelError
+from art_saliency.gradients import input_gradient, jacobian_projection, sphere_directions
+from art_saliency.methods.base import Batch, LossTerms, Objective, warmup
+from art_saliency.methods.baselines import full_precision
+from art_saliency.modes import batch_statistics_kept
+from art_saliency.perturbation_saliency import (
+    SCORES,
+    load_or_compute,
+    maps_fingerprint,
+    perturbation_saliency,
+    salient_mask,
+)
+from art_saliency.randomness import RandomSource, uniform
+from art_saliency.threat import ThreatModel
+
+__all__ = [
+    "DIRECTIONS",
+    "JSIGR",
+    "PENALTIES",
+    "SELECTIVE_SCORES",
+    "dual_norm",
+    "margin_directions",
+    "selective_penalty",
+    "squared_norm",
+]
+
+# --- the size of a gradient: (rows, threat) -> (N,) -------------------------------------------------------------------
+
+
+def squared_norm(rows: Tensor, threat: ThreatModel | None = None) -> Tensor:
+    """:return: (N,) half the squared L2 norm of (N, C, H, W), as double backpropagation has it; `threat` is not read."""
+    return 0.5 * rows.square().flatten(1).sum(1)
+
+
+def dual_norm(rows: Tensor, threat: ThreatModel) -> Tensor:
+    """
+    The most that a perturbation of the threat model can move a function of this gradient, to first order.
+
+    :param rows: (N, C, H, W) gradients.
+    :return: (N,): eps * ||g||_1 for Linf, eps * ||g||_2 for L2 (whose derivative at 0 is 0 here).
+    """
+    flat = rows.flatten(1)
+    if threat.norm == "Linf":
+        return threat.eps * flat.abs().sum(1)
+    squares = flat.square().sum(1)
+    # The square root has no derivative at 0.
+    return threat.eps * torch.where(squares > 0, squares, torch.ones_like(squares)).sqrt() * (squares > 0)
+
+
+PENALTIES: dict[str, Callable[[Tensor, ThreatModel], Tensor]] = {"dual": dual_norm, "squared": squared_norm}
+
+# --- directions of logit space: what the Jacobian is projected on -----------------------------------------------------
+
+Directions = list[tuple[Tensor, "Tensor | float"]]
+"""Pairs of w (N, K), detached, and its weight, a number or (N,): the norm of J is the weighted sum of the sizes of J^T w."""
+
+
+def sphere(logits: Tensor, y: Tensor, projections: int | None, random: RandomSource | None) -> Directions:
+    """:return: :func:`art_saliency.gradients.sphere_directions`: with the squared norm, half of ||J||_F^2."""
+    return [(w, weight) for w, weight in sphere_directions(logits, projections, random)]
+
+
+def margin_directions(
+    logits: Tensor, y: Tensor, projections: int | None = 1, random: RandomSource | None = None
+) -> Directions:
+    """
+    e_y - e_k, the true class against a wrong one: J^T of it is the gradient of a margin, which is what an attack must close.
+
+    The wrong class k is drawn with its share q_k of the wrong classes' softmax, so that the closest ones are met most.
+
+    :param logits: (N, K), K at least 2.
+    :param y: (N,) int64.
+    :param projections: How many draws, at least 1; ``None`` gives all K, weighed by q_k (and 0 for the true class).
+    :param random: Where the draws come from; ``None`` is torch's global generator.
+    :return: Pairs of w (N, K), of length sqrt(2), and a weight.
+    """
+    classes = logits.shape[1]
+    true = F.one_hot(y, classes).to(logits.dtype)
+    shares = logits.detach().masked_fill(true > 0, -torch.inf).softmax(1)
+    if projections is None:
+        axes = torch.eye(classes, dtype=logits.dtype, device=logits.device)
+        return [(true - axes[k], shares[:, k]) for k in range(classes)]
+    _checks.whole("projections", projections, least=1)
+    upto = shares.cumsum(1)
+    drawn = [(upto <= uniform(shares[:, :1], random) * upto[:, -1:]).sum(1) for _ in range(projections)]
+    return [(true - F.one_hot(k.clamp_max(classes - 1), classes).to(true), 1 / projections) for k in drawn]
+
+
+DIRECTIONS: dict[str, Callable[[Tensor, Tensor, int | None, RandomSource | None], Directions]] = {
+    "margin": margin_directions,
+    "sphere": sphere,
+}
+
+# --- the selective term -----------------------------------------------------------------------------------------------
+
+
+def true_logit(logits: Tensor, y: Tensor) -> Tensor:
+    """:return: (N,) z_y."""
+    return logits.gather(1, y[:, None])[:, 0]
+
+
+SELECTIVE_SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"loss": cross_entropy, "logit": true_logit}
+
+
+def selective_penalty(g: Tensor, S: Tensor, size: Callable[[Tensor], Tensor] = squared_norm) -> Tensor:
+    """
+    "Selective input gradient regularization": the size of the input gradient where the image is *not* salient, M * g, M = 1 - S.
+
+    :param g: (N, C, H, W) input gradients, in the graph.
+    :param S: (N, 1, H, W) of 0 and 1, 1 = salient; a label, detached here. S = 0 everywhere is double backpropagation.
+    :param size: (N, C, H, W) -> (N,).
+    :return: (N,), half the squared L2 norm unless said otherwise.
+    """
+    return size((1 - S.detach()) * g)
+
+
+class JSIGR(Objective):
+    """
+    J-SIGR, reconstructed: L = mean_i [ CE(z_i, y_i) + lambda_j |J_i| + lambda_s |M_i * g_i| ]. No adversarial examples.
+
+    J = dz/dx is the Jacobian of the logits, g the input gradient, M = 1 - S the pixels that perturbation saliency leaves out.
+    |.| is the size of a gradient, see `penalty`.
+
+    :param eps: Radius of the threat model, in pixel units: checkpoints are selected at it, and ``penalty="dual"`` weighs by it.
+    :param norm: ``"Linf"`` or ``"L2"``.
+    :param lambda_j: Weight of the Jacobian's norm, at least 0; 0 leaves the term and its cost out.
+    :param lambda_s: Weight of the selective term, at least 0; 0 leaves the term, its maps and its cost out.
+    :param penalty: ``"dual"``: eps times the dual norm (L1 for Linf), the first-order effect of the worst perturbation.
+        ``"squared"``: half the squared L2 norm, as in double backpropagation.
+    :param directions: What the Jacobian is projected on: ``"margin"``, true class against a drawn wrong one;
+        ``"sphere"``, a random direction of all logits: with ``penalty="squared"`` that estimates ||J||_F^2 / 2.
+    :param projections: Directions a sample and step, at least 1; ``None`` takes all K.
+    :param selective_on: What g is the gradient of: ``"loss"`` or the true class's ``"logit"``.
+    :param saliency_share: The share of the pixels that is salient and left free, 0 to 1.
+    :param saliency_score: ``"logits"`` or ``"log-probability"``; this and the next three are those of
+        :func:`~art_saliency.perturbation_saliency.perturbation_saliency`.
+    :param saliency_stride: Pixels between grid points.
+    :param saliency_sigma: Of the blur, in pixels.
+    :param saliency_radius: Of the soft disc, in pixels.
+    :param warmup_share: The share of the run over which both weights rise from 0.
+    :param form: ``"double-backward"``, or ``"finite-difference"``: no second derivatives, four to five forward passes.
+    :param h: Length of the finite difference, in units of the [0, 1] pixel (a step of `h` in every pixel for Linf's dual).
+    :param teacher: The frozen network whose saliency is imitated. Batches that bring no maps are explained on the fly by it, or by the
+        network in training itself when it is ``None``; either costs some twenty plain steps a step. It lies where its owner put it.
+    """
+
+    name = "j-sigr"
+    pixel_units: ClassVar[tuple[str, ...]] = ("eps",)
+    map_fill: ClassVar[float] = 0.0
+    """What augmentation pads maps with: S = 0, so M = 1."""
+
+    def __init__(
+        self,
+        *,
+        eps: float | None = None,
+        norm: str = "Linf",
+        lambda_j: float = 0.25,
+        lambda_s: float = 0.25,
+        penalty: str = "dual",
+        directions: str = "margin",
+        projections: int | None = 1,
+        selective_on: str = "loss",
+        saliency_share: float = 0.3,
+        saliency_score: str = "logits",
+        saliency_stride: float | None = None,
+        saliency_sigma: float | None = None,
+        saliency_radius: float | None = None,
+        warmup_share: float = 0.2,
+        form: str = "double-backward",
+        h: float = 1e-2,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.threat = None if eps is None else ThreatModel(norm, eps)
+        self.eps, self.norm = None if self.threat is None else self.threat.eps, norm
+        self.lambda_j = _checks.real("lambda_j", lambda_j, least=0)
+        self.lambda_s = _checks.real("lambda_s", lambda_s, least=0)
+        self.penalty = _checks.one_of("penalty", penalty, PENALTIES)
+        if penalty == "dual" and eps is None:
+            raise _checks.refuse("eps", None, "a radius, which weighs the dual norm", "or say penalty='squared'")
+        self.directions = _checks.one_of("directions", directions, DIRECTIONS)
+        self.projections = None if projections is None else _checks.whole("projections", projections, least=1)
+        if projections is None and directions == "sphere" and penalty == "dual":
+            remedy = "say penalty='squared' or directions='margin'"
+            raise _checks.refuse(
+                "projections", None, "a number: the axes do not stand for the sphere in this norm", remedy
+            )
+        self.selective_on = _checks.one_of("selective_on", selective_on, SELECTIVE_SCORES)
+        self.saliency_share = _checks.real("saliency_share", saliency_share, least=0, most=1)
+        self.saliency_score = _checks.one_of("saliency_score", saliency_score, SCORES)
+        self.saliency_stride = _positive("saliency_stride", saliency_stride)
+        self.saliency_sigma = _positive("saliency_sigma", saliency_sigma)
+        self.saliency_radius = _positive("saliency_radius", saliency_radius)
+        self.warmup_share = _checks.real("warmup_share", warmup_share, least=0, most=1)
+        self.form = _checks.one_of("form", form, ("double-backward", "finite-difference"))
+        self.h = _checks.real("h", h, above=0, most=1)
+        self.teacher = teacher
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep the teacher out of ``parameters()`` and ``state_dict()``: it is frozen, and somebody else's."""
+        if name == "teacher":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    # --- saliency maps ------------------------------------------------------------------------------------------------
+
+    @property
+    def needs_maps(self) -> bool:
+        """Whether ``batch.maps`` is read: the masks S, (N, 1, H, W), moved with the images, padded with ``map_fill``."""
+        return self.lambda_s > 0
+
+    def compute_maps(
+        self,
+        teacher: nn.Module,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        batch_size: int = 256,
+        progress: Callable[[int], object] | None = None,
+    ) -> Tensor:
+        """
+        "Perturbation-based saliency maps" of a teacher, at grid size: once an image before training, some 21 plain epochs.
+
+        :param teacher: Maps (N, C, H, W) in [0, 1] to logits, where it lies; run in eval mode.
+        :param x: (N, C, H, W) in [0, 1] or uint8. :param y: (N,), read by ``saliency_score="log-probability"``.
+        :param progress: Called with the number of images finished: ``tqdm.update``.
+        :return: (N, 1, h, w) scores, on the device of `x`; :meth:`full_maps` makes masks of them.
+        """
+        return perturbation_saliency(teacher, x, y, batch_size=batch_size, progress=progress, **self._map_settings())
+
+    def cached_maps(
+        self,
+        cache: str | os.PathLike[str] | None,
+        teacher: nn.Module,
+        x: Tensor,
+        y: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """
+        :meth:`compute_maps` through a file that is used when teacher, images and settings are those it was made of.
+
+        :param cache: The file; ``None`` computes.
+        :param options: ``batch_size`` and ``progress`` of :meth:`compute_maps`.
+        """
+        labels = y if self.saliency_score == "log-probability" else None
+        fingerprint = maps_fingerprint(teacher, x, self._map_settings(), labels) if cache is not None else ""
+        return load_or_compute(cache, fingerprint, lambda: self.compute_maps(teacher, x, y, **options)).to(x.device)
+
+    def full_maps(self, scores: Tensor, size: tuple[int, int]) -> Tensor:
+        """:return: S (N, 1, H, W) of 0 and 1 at the images' resolution, of scores (N, 1, h, w); each image's depends on it alone."""
+        return salient_mask(scores, size, self.saliency_share)
+
+    def _map_settings(self) -> dict[str, Any]:
+        names = ("stride", "sigma", "radius", "score")
+        return {name: getattr(self, f"saliency_{name}") for name in names}
+
+    def _salient(self, model: nn.Module, batch: Batch) -> Tensor:
+        """S of the batch: what came with it, or what the teacher (else the network itself) finds salient right now."""
+        if batch.maps is None:
+            explainer = model if self.teacher is None else self.teacher
+            scores = self.compute_maps(explainer, batch.x, batch.y, batch_size=len(batch.x))
+            return self.full_maps(scores, (batch.x.shape[-2], batch.x.shape[-1]))
+        count, _, height, width = batch.x.shape
+        if batch.maps.shape != (count, 1, height, width):
+            got = f"shape {tuple(batch.maps.shape)}"
+            raise _checks.refuse("maps", got, f"({count}, 1, {height}, {width})", "apply full_maps before augmentation")
+        return batch.maps.detach().to(batch.x.dtype)
+
+    # --- the loss -----------------------------------------------------------------------------------------------------
+
+    def forward(self, model: nn.Module, batch: Batch) -> LossTerms:
+        """
+        See :class:`Objective`. Terms: ce, logit_norm; jacobian with `lambda_j`; selective, gradient_salient and gradient_other
+        (mean L2 norms of g inside and outside S) with `lambda_s`.
+        """
+        if not (self.lambda_j or self.lambda_s):
+            return self._assembled(model(batch.x), batch, {}, {})
+        salient = self._salient(model, batch) if self.lambda_s else None
+        step = self._double_backward if self.form == "double-backward" else self._finite_difference
+        # Second derivatives, and differences of logits, drown in the rounding of half precision.
+        with torch.autocast(batch.x.device.type, enabled=False):
+            logits, parts, g = step(model, batch, salient)
+            figures = {}
+            if g is not None and salient is not None:
+                inside, outside = salient * g.detach(), (1 - salient) * g.detach()
+                figures = {"gradient_salient": _mean_length(inside), "gradient_other": _mean_length(outside)}
+            return self._assembled(logits, batch, parts, figures)
+
+    def _assembled(
+        self, logits: Tensor, batch: Batch, parts: dict[str, Tensor], figures: dict[str, Tensor]
+    ) -> LossTerms:
+        ce = cross_entropy(full_precision(logits), batch.y).mean()
+        factor = warmup(batch.progress, self.warmup_share)
+        weights = {"jacobian": self.lambda_j, "selective": self.lambda_s}
+        loss = ce + sum(factor * weights[name] * part for name, part in parts.items())
+        terms = {"ce": ce, **parts, **figures, "logit_norm": _mean_length(full_precision(logits))}
+        return LossTerms(loss, logits, {name: value.detach() for name, value in terms.items()})
+
+    def _size(self, rows: Tensor) -> Tensor:
+        # Without a radius the penalty is the squared norm, which reads none.
+        return PENALTIES[self.penalty](rows, self.threat or ThreatModel(self.norm, 0.0))
+
+    def _directions(self, logits: Tensor, batch: Batch) -> Directions:
+        detached = full_precision(logits).detach()
+        return DIRECTIONS[self.directions](detached, batch.y, self.projections, batch.random)
+
+    def _double_backward(
+        self, model: nn.Module, batch: Batch, salient: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """One forward pass for the cross-entropy, J and g. :return: Its logits, the terms, and g."""
+        x = batch.x.detach().requires_grad_(True)
+        logits = model(x)
+        z, parts, g = full_precision(logits), {}, None
+        if self.lambda_j:
+            # "Linearized robustness through Jacobian normalization".
+            sizes = [
+                weight * self._size(jacobian_projection(z, x, w, create_graph=True))
+                for w, weight in self._directions(z, batch)
+            ]
+            parts["jacobian"] = torch.stack(sizes).sum(0).mean()
+        if salient is not None:
+            # "Regularizes the perturbation-based saliency maps to imitate the model's interpretable predictions".
+            g = input_gradient(SELECTIVE_SCORES[self.selective_on](z, batch.y).sum(), x, create_graph=True)
+            parts["selective"] = selective_penalty(g, salient, self._size).mean()
+        return logits, parts, g
+
+    def _finite_difference(
+        self, model: nn.Module, batch: Batch, salient: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """
+        The same terms from differences along the detached steepest directions (Finlay and Oberman 2019): no double backward.
+
+        The forward pass that finds the directions and the shifted ones leave BatchNorm's statistics alone; the clean one comes
+        last, so that what hangs on the last forward pass (statistics, auxiliary losses) belongs to the logits that are returned.
+        """
+        _refuse_dropout(model)
+        x, g = batch.x.detach().requires_grad_(True), None
+        differences: list[tuple[str, Tensor | float, Callable[[Tensor], Tensor], Tensor]] = []
+        with batch_statistics_kept(model):
+            z = full_precision(model(x))
+            if self.lambda_j:
+                for w, weight in self._directions(z, batch):
+                    rows = jacobian_projection(z, x, w, retain_graph=True)
+                    moved = self._shifted_logits(model, batch.x, rows)
+                    differences.append(("jacobian", weight, partial(_along, w), moved))
+            if salient is not None:
+                on = SELECTIVE_SCORES[self.selective_on]
+                g = input_gradient(on(z, batch.y).sum(), x)
+                moved = self._shifted_logits(model, batch.x, (1 - salient) * g)
+                differences.append(("selective", 1.0, lambda logits: on(logits, batch.y), moved))
+        logits = model(batch.x)
+        z = full_precision(logits)
+        parts: dict[str, Tensor] = {}
+        for name, weight, score, moved in differences:
+            # A slope along the steepest direction is the (dual) length of the gradient: its size is that of a 1-pixel gradient.
+            slope = (score(moved) - score(z)) / self.h
+            size = (weight * self._size(slope[:, None])).mean()
+            parts[name] = parts[name] + size if name in parts else size
+        return logits, parts, g
+
+    def _shifted_logits(self, model: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
+        """:return: (N, K) logits at a distance `h` along the direction in which a function of gradient `rows` rises most."""
+        ball = ThreatModel(self.norm if self.penalty == "dual" else "L2", self.h)
+        return full_precision(model(x + self.h * ball.ascent_direction(rows.detach())))
+
+    # --- evaluation ---------------------------------------------------------------------------------------------------
+
+    def adaptive_variants(self) -> Mapping[str, Callable[..., Any]]:
+        """
+        An attack that perturbs the salient pixels alone, which the mask leaves unregularised.
+
+        :return: ``"salient pixels"``: (model, x, y) -> x_adv at `eps`; nothing without a radius or a selective term.
+        """
+        return {"salient pixels": self._attack_salient} if self.threat is not None and self.lambda_s else {}
+
+    def _attack_salient(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        assert self.threat is not None
+        explainer = model if self.teacher is None else self.teacher
+        salient = self.full_maps(self.compute_maps(explainer, x, y), (x.shape[-2], x.shape[-1]))
+        masked = _OnlySalient(model, x, salient)
+        x_adv = pgd(masked, x, y, threat=self.threat, max_iter=50, loss="margin")
+        return masked.confined(x_adv)
+
+
+class _OnlySalient(nn.Module):
+    """The network as an adversary sees it who can reach some pixels only."""
+
+    def __init__(self, model: nn.Module, x: Tensor, salient: Tensor) -> None:
+        super().__init__()
+        self.model, self.x, self.salient = model, x.detach(), salient
+
+    def confined(self, x_adv: Tensor) -> Tensor:
+        """:return: The image with what the adversary did to the pixels in reach."""
+        return torch.where(self.salient > 0, x_adv, self.x)
+
+    def forward(self, x_adv: Tensor) -> Tensor:
+        """:return: The logits of the confined image."""
+        logits: Tensor = self.model(self.confined(x_adv))
+        return logits
+
+
+def _along(direction: Tensor, logits: Tensor) -> Tensor:
+    return (logits * direction).sum(1)
+
+
+def _mean_length(rows: Tensor) -> Tensor:
+    length: Tensor = rows.detach().flatten(1).norm(dim=1).mean()
+    return length
+
+
+def _positive(name: str, value: float | None) -> float | None:
+    return None if value is None else _checks.real(name, value, above=0)
+
+
+def _refuse_dropout(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+            raise UnsupportedModelError(
+                f"form: got 'finite-difference' for a network with dropout ({name!r}), expected a network whose forward "
+                f"passes agree: another mask each would drown the difference; say form='double-backward' or set p=0"
+            )

@@ -1,0 +1,356 @@
+"""The ART trainers: ART's contract, units, preprocessing, streams, and every bad input refused before anything changes."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from art.attacks.evasion import FastGradientMethod
+from art.data_generators import PyTorchDataGenerator
+from art.defences.preprocessor import GaussianAugmentation, JpegCompression
+from art.defences.trainer import AdversarialTrainerMadryPGD, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import art_saliency
+from art_saliency.attacks import pgd
+from art_saliency.errors import ArtSaliencyError, InputError, UnknownOptionError, UnsupportedModelError
+from art_saliency.evaluation.accuracy import pgd_accuracy
+from art_saliency.threat import ThreatModel
+from art_saliency.trainers.base import ObjectiveTrainer
+from art_saliency.trainers.methods import TRAINERS, AdvGSCTTrainer, FGSMTrainer, PGDATTrainer, StandardTrainer
+from tests.method_settings import ROWS, classifier, small_network
+
+QUICK = {"nb_epochs": 1, "batch_size": 64, "seed": 0, "verbose": False}
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_every_public_trainer_has_a_row_and_every_row_is_public():
+    public = {name for name in art_saliency.__all__ if name.endswith("Trainer")}
+    assert public == {row.trainer.__name__ for row in ROWS.values()}
+    assert set(TRAINERS) == set(ROWS)
+
+
+@pytest.mark.parametrize("method", ROWS)
+def test_a_method_learns_and_keeps_arts_contract(method, digits):
+    x, y, x_test, y_test = digits
+    network = small_network(norm=True)
+    network[1].eval()  # its owner froze it on purpose
+    art_classifier = classifier(network)
+    modes = [module.training for module in network.modules()]
+    trainer = ROWS[method].trainer(art_classifier, **ROWS[method].settings)
+    images, before = x.numpy().copy(), x.numpy().copy()
+
+    assert isinstance(trainer, Trainer)
+    assert trainer.fit(images, y.numpy(), batch_size=64, nb_epochs=4, seed=0, verbose=False) is None
+    assert trainer.get_classifier() is art_classifier
+    assert [module.training for module in network.modules()] == modes
+    assert np.array_equal(images, before), "the user's data was changed"
+    assert trainer.predict(x_test.numpy()).shape == (len(x_test), 10)
+    assert float((trainer.predict(x_test.numpy()).argmax(1) == y_test.numpy()).mean()) > 0.5
+    assert trainer.history[-1]["loss"] < trainer.history[0]["loss"]
+    assert trainer.history.meta["seed"] == 0
+    assert trainer.history.meta["settings"] == trainer.objective.config()
+
+
+@pytest.mark.parametrize("method", ROWS)
+def test_the_same_seed_gives_the_same_weights_and_the_global_generator_is_untouched(method, digits):
+    found = []
+    for _ in range(2):
+        art_classifier = classifier()
+        torch.manual_seed(123)
+        expected = torch.rand(1)
+        torch.manual_seed(123)
+        ROWS[method].trainer(art_classifier, **ROWS[method].settings).fit(digits[0][:200], digits[1][:200], **QUICK)
+        assert torch.equal(torch.rand(1), expected)
+        found.append(weights(art_classifier.model))
+    assert same(*found)
+    other = classifier()
+    ROWS[method].trainer(other, **ROWS[method].settings).fit(digits[0][:200], digits[1][:200], **{**QUICK, "seed": 1})
+    assert not same(found[0], weights(other.model))
+
+
+@pytest.mark.parametrize("method", ROWS)
+def test_a_method_behaves_alike_on_0_to_1_and_on_0_to_255(method, digits):
+    """eps is in the units of clip_values; penalties are formed in units of the range."""
+    x, y = digits[0][:200], digits[1][:200]
+    x = torch.round(x * 255) / 255
+    unit, settings = classifier(), ROWS[method].settings
+
+    def on_255():
+        scaled = ScaledInput(small_network())
+        scaled.inner.load_state_dict(start)
+        return classifier(scaled, clip_values=(0.0, 255.0))
+
+    start = weights(unit.model)
+    wide = on_255()
+    ROWS[method].trainer(unit, **settings).fit(x, y, **QUICK)
+    ROWS[method].trainer(wide, **{**settings, "eps": settings["eps"] * 255}).fit(x * 255, y, **QUICK)
+    for a, b in zip(unit.model.parameters(), wide.model.inner.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-2)
+    bytes_classifier = on_255()
+    trainer = ROWS[method].trainer(bytes_classifier, **{**settings, "eps": settings["eps"] * 255})
+    trainer.fit((x * 255).to(torch.uint8).numpy(), y, **QUICK)
+    for a, b in zip(wide.model.parameters(), bytes_classifier.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-2)
+
+
+class ScaledInput(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x / 255)
+
+
+def test_labels_as_indices_columns_and_one_hot_rows_are_the_same_and_soft_ones_are_taken_or_refused(digits):
+    x, y = digits[0][:100], digits[1][:100]
+    one_hot = nn.functional.one_hot(y, 10)
+    found = []
+    for labels in (y, y.numpy()[:, None], one_hot.numpy(), one_hot.float(), y.numpy().astype(np.uint8)):
+        art_classifier = classifier()
+        PGDATTrainer(art_classifier, eps=0.1, max_iter=2).fit(x, labels, **QUICK)
+        found.append(weights(art_classifier.model))
+    assert all(same(found[0], other) for other in found[1:])
+    soft = 0.9 * one_hot + 0.01
+    PGDATTrainer(classifier(), eps=0.1, max_iter=2).fit(x, soft, **QUICK)
+
+
+def test_preprocessing_is_applied_once_in_training_and_seen_by_attacks(digits):
+    """A classifier with mean and deviation trains like one whose network holds them."""
+
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = small_network()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner((x - 0.3) / 0.4)
+
+    outside, inside = classifier(preprocessing=(0.3, 0.4)), classifier(Inside())
+    inside.model.inner.load_state_dict(outside.model.state_dict())
+    for art_classifier in (outside, inside):
+        PGDATTrainer(art_classifier, eps=0.1, max_iter=3).fit(digits[0][:200], digits[1][:200], **QUICK)
+    for a, b in zip(outside.model.parameters(), inside.model.inner.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_an_array_loader_and_a_generator_train(digits):
+    x, y, x_test, y_test = digits
+    loader = DataLoader(TensorDataset(x, y), batch_size=64, shuffle=True)
+    for generator in (loader, PyTorchDataGenerator(loader, size=len(x), batch_size=64)):
+        trainer = FGSMTrainer(classifier(), eps=0.1)
+        trainer.fit_generator(generator, nb_epochs=3, seed=0, verbose=False, validation_data=(x_test, y_test))
+        assert len(trainer.history) == 3
+        assert trainer.history[-1]["validation_accuracy"] > 0.6
+        assert trainer.history.meta["steps_per_epoch"] == 23
+
+
+def test_an_art_attack_and_a_callable_serve_as_inner_maximisation(digits):
+    x, y = digits[0][:150], digits[1][:150]
+    by_art, by_callable = classifier(), classifier()
+    attack = FastGradientMethod(by_art, eps=0.1, batch_size=64)
+    PGDATTrainer(by_art, eps=0.1, attack=attack).fit(x, y, **QUICK)
+
+    def same_step(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return pgd(model, images, labels, threat=ThreatModel("Linf", 0.1), max_iter=1, eps_step=0.1, random_start=False)
+
+    PGDATTrainer(by_callable, eps=0.1, attack=same_step).fit(x, y, **QUICK)
+    for a, b in zip(by_art.model.parameters(), by_callable.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_the_signature_shows_the_methods_own_parameters():
+    parameters = inspect.signature(AdvGSCTTrainer).parameters
+    assert list(parameters)[0] == "classifier"
+    assert {"eps", "rho", "consensus"} <= set(parameters)
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for name, p in parameters.items() if name != "classifier")
+
+
+def test_validation_never_touches_the_weights_and_is_measured_when_asked(digits):
+    x, y, x_test, y_test = digits
+    plain, validated = classifier(), classifier()
+    PGDATTrainer(plain, eps=0.1, max_iter=2).fit(x[:200], y[:200], **QUICK)
+    trainer = PGDATTrainer(validated, eps=0.1, max_iter=2)
+    trainer.fit(x[:200], y[:200], validation_data=(x_test, y_test), **QUICK)
+    assert same(weights(plain.model), weights(validated.model))
+    expected = pgd_accuracy(validated.model, x_test, y_test, threat=ThreatModel("Linf", 0.1), max_iter=10, seed=0)
+    assert trainer.history[-1]["validation_robust_accuracy"] == expected
+    split = PGDATTrainer(classifier(), eps=0.1, max_iter=2)
+    split.fit(x[:200], y[:200], validation_split=0.25, **{**QUICK, "batch_size": 50})
+    assert split.history.meta["steps_per_epoch"] == 3
+
+
+def test_a_named_schedule_gives_the_learning_rate_back_and_an_object_steps_once_an_epoch(digits):
+    x, y = digits[0][:128], digits[1][:128]
+    for name in ("cosine", "step", "onecycle"):
+        art_classifier = classifier(lr=0.01)
+        group = art_classifier.optimizer.param_groups[0]
+        before = {key: value for key, value in group.items() if key != "params"}
+        trainer = StandardTrainer(art_classifier)
+        for _ in range(2):
+            trainer.fit(x, y, **{**QUICK, "nb_epochs": 10, "batch_size": 32}, scheduler=name)
+            assert {key: value for key, value in group.items() if key != "params"} == before
+        rates = trainer.history.column("lr")
+        assert rates[-1] < 0.2 * max(rates)
+    art_classifier = classifier(lr=0.01)
+    trainer = StandardTrainer(art_classifier)
+    halving = torch.optim.lr_scheduler.StepLR(art_classifier.optimizer, 1, gamma=0.5)
+    trainer.fit(x, y, **{**QUICK, "nb_epochs": 3}, scheduler=halving)
+    assert trainer.history.column("lr") == pytest.approx([0.01, 0.005, 0.0025])
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(art_classifier.optimizer)
+    trainer.fit(x, y, **QUICK, scheduler=plateau)
+    assert plateau.last_epoch == 1
+
+
+class _Detached(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = small_network()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x.detach())
+
+
+BAD_DATA = {
+    "rank": (lambda x, y: (x[:, 0], y), r"x: got shape \(64, 8, 8\), expected 4 axes.*x\[:, None\]"),
+    "channels": (lambda x, y: (x.repeat(1, 3, 1, 1), y), r"expected \(N, 1, 8, 8\)"),
+    "dtype": (lambda x, y: (np.array([["a"]]), y), "expected an array or tensor of numbers"),
+    "range": (lambda x, y: (x * 16, y), r"values from 0 to 16, expected values in \[0, 1\]"),
+    "normalised": (lambda x, y: (x - 0.5, y), "put the mean and standard deviation into the network"),
+    "nan": (lambda x, y: (torch.where(x == x.max(), torch.nan, x), y), "NaN or Inf in image"),
+    "inf": (lambda x, y: (torch.where(x == x.max(), torch.inf, x), y), "NaN or Inf in image"),
+    "empty": (lambda x, y: (x[:0], y[:0]), "x: got an empty set"),
+    "count": (lambda x, y: (x, torch.cat([y, y[:1]])), "y: got 65 labels, expected 64"),
+    "label": (lambda x, y: (x, y + 1), "y: got labels from . to 10, expected labels from 0 to 9"),
+    "negative": (lambda x, y: (x, y - 1), "labels from -1"),
+    "columns": (lambda x, y: (x, nn.functional.one_hot(y, 11)), r"got shape \(64, 11\), expected \(64, 10\)"),
+    "fractions": (lambda x, y: (x, y + 0.5), "fractions"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_DATA)
+def test_bad_data_is_refused_in_one_sentence_and_nothing_changes(kind, digits):
+    make, words = BAD_DATA[kind]
+    art_classifier = classifier(small_network(norm=True))
+    art_classifier.model[1].eval()
+    before, modes = weights(art_classifier.model), [m.training for m in art_classifier.model.modules()]
+    with pytest.raises(InputError, match=words) as caught:
+        AdvGSCTTrainer(art_classifier, eps=0.1).fit(*make(digits[0][:64], digits[1][:64]), **QUICK)
+    assert "\n" not in str(caught.value)
+    assert same(before, weights(art_classifier.model))
+    assert [m.training for m in art_classifier.model.modules()] == modes
+    assert all(parameter.grad is None for parameter in art_classifier.model.parameters())
+
+
+BAD_FITS = {
+    "one image": (lambda c, x, y: StandardTrainer(c).fit(x[:1], y[:1]), "batch of one image.*BatchNorm"),
+    "batch of one": (lambda c, x, y: StandardTrainer(c).fit(x, y, batch_size=1), "batch_size: got a batch of one image"),
+    "batch size": (lambda c, x, y: StandardTrainer(c).fit(x, y, batch_size=0), "batch_size: got 0"),
+    "epochs": (lambda c, x, y: StandardTrainer(c).fit(x, y, nb_epochs=0.5), "nb_epochs: got 0.5"),
+    "keyword": (lambda c, x, y: StandardTrainer(c).fit(x, y, epochs=3), "unknown keyword 'epochs'"),
+    "near keyword": (lambda c, x, y: StandardTrainer(c).fit(x, y, gradclip=3), "did you mean 'grad_clip'"),
+    "scheduler": (lambda c, x, y: StandardTrainer(c).fit(x, y, scheduler="cosin"), "did you mean 'cosine'"),
+    "scheduler type": (lambda c, x, y: StandardTrainer(c).fit(x, y, scheduler=3), "an object with step"),
+    "eps": (lambda c, x, y: PGDATTrainer(c, eps=-0.1), "eps: got -0.1, expected 0 <= eps <= 1"),
+    "eps in 255": (lambda c, x, y: PGDATTrainer(c, eps=8), "eps: got 8, expected 0 <= eps <= 1; .*8 / 255"),
+    "no eps": (lambda c, x, y: AdvGSCTTrainer(c), "eps: got nothing"),
+    "parameter": (lambda c, x, y: AdvGSCTTrainer(c, eps=0.1, roh=0.3), "did you mean 'rho'"),
+    "clip": (lambda c, x, y: StandardTrainer(c).fit(x, y, grad_clip=0), "0 < grad_clip"),
+    "validation": (lambda c, x, y: StandardTrainer(c).fit(x, y, validation_data=x), r"a pair \(x, y\)"),
+    "split": (lambda c, x, y: StandardTrainer(c).fit(x, y, validation_split=1), "validation_split: got 1"),
+    "precision": (lambda c, x, y: StandardTrainer(c).fit(x, y, precision="fp16"), "'32-true', 'bf16-mixed'"),
+    "generator": (lambda c, x, y: StandardTrainer(c).fit_generator([x]), "ART DataGenerator or a torch DataLoader"),
+    "classifier": (lambda c, x, y: StandardTrainer(c.model), "expected an ART PyTorchClassifier"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FITS)
+def test_bad_arguments_are_refused_before_any_work(kind, digits):
+    call, words = BAD_FITS[kind]
+    art_classifier = classifier(small_network(norm=True))
+    before = weights(art_classifier.model)
+    with pytest.raises(ArtSaliencyError, match=words) as caught:
+        call(art_classifier, digits[0][:64], digits[1][:64])
+    assert "\n" not in str(caught.value)
+    assert same(before, weights(art_classifier.model))
+    if "keyword" in kind or kind == "parameter":
+        assert isinstance(caught.value, UnknownOptionError)
+
+
+BAD_CLASSIFIERS = {
+    "no clip values": (lambda: classifier(clip_values=None), InputError, "clip_values=None"),
+    "no optimizer": (lambda: classifier(optimizer=None), InputError, "no optimizer"),
+    "array preprocessing": (
+        lambda: classifier(preprocessing_defences=JpegCompression((0, 1), channels_first=True)),
+        UnsupportedModelError,
+        "JpegCompression",
+    ),
+    "batch-changing preprocessing": (
+        lambda: classifier(preprocessing_defences=GaussianAugmentation(augmentation=True)),
+        UnsupportedModelError,
+        "GaussianAugmentation",
+    ),
+    "detached": (lambda: classifier(_Detached()), UnsupportedModelError, "without a gradient to the images"),
+    "classes": (lambda: classifier(small_network(classes=9)), UnsupportedModelError, r"expected logits of shape \(2, 10\)"),
+    "frozen": (lambda: classifier(small_network().requires_grad_(False)), UnsupportedModelError, "trainable parameter"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CLASSIFIERS)
+def test_classifiers_that_cannot_be_trained_are_refused_by_name(kind, digits):
+    make, error, words = BAD_CLASSIFIERS[kind]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        art_classifier = make()
+    before = weights(art_classifier.model)
+    with pytest.raises(error, match=words):
+        StandardTrainer(art_classifier).fit(digits[0][:64], digits[1][:64], **QUICK)
+    assert same(before, weights(art_classifier.model))
+
+
+def test_pgd_training_agrees_with_arts_own_trainer(digits):
+    """The same data, network, seed and budget: robust accuracy within the noise of the test set."""
+    x, y, x_test, y_test = digits
+    threat = ThreatModel("Linf", 0.15)
+    robust = {"ours": [], "art": []}
+    x, y = x[:700], y[:700]
+    for seed in range(2):
+        torch.manual_seed(seed)
+        start = small_network().state_dict()
+        for name in robust:
+            art_classifier = classifier()
+            art_classifier.model.load_state_dict(copy.deepcopy(start))
+            if name == "ours":
+                PGDATTrainer(art_classifier, eps=0.15, eps_step=0.04, max_iter=7).fit(
+                    x, y, nb_epochs=8, batch_size=128, seed=seed, verbose=False
+                )
+            else:
+                np.random.seed(seed)
+                trainer = AdversarialTrainerMadryPGD(
+                    art_classifier, nb_epochs=8, batch_size=128, eps=0.15, eps_step=0.04, max_iter=7
+                )
+                trainer.fit(x.numpy(), nn.functional.one_hot(y, 10).numpy())
+            robust[name].append(pgd_accuracy(art_classifier.model, x_test, y_test, threat=threat, max_iter=20))
+    ours, art = (sum(robust[name]) / 2 for name in ("ours", "art"))
+    assert ours > art - 0.06, robust
+    assert min(robust["ours"]) > 0.2, robust
+
+
+def test_a_subclass_declares_its_objective_and_nothing_else():
+    for cls in TRAINERS.values():
+        own = {name for name in vars(cls) if not name.startswith("_")}
+        assert own == {"objective_class"}, (cls, own)
+        assert issubclass(cls, ObjectiveTrainer)
