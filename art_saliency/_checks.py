@@ -24,10 +24,24 @@ def refuse(name: str, got: object, expected: str, remedy: str = "") -> InputErro
     return InputError(f"{name}: got {got}, expected {expected}" + (f"; {remedy}" if remedy else ""))
 
 
+def _shown(number: float) -> str:
+    """A number in eight digits: six would make ``got 1, expected eps <= 1`` of 1.000001, more would show float32's rounding."""
+    return f"{number:.8g}"
+
+
 def _bounds(name: str, least: float | None, above: float | None, most: float | None, below: float | None) -> str:
-    left = f"{least:g} <= " if least is not None else f"{above:g} < " if above is not None else ""
-    right = f" <= {most:g}" if most is not None else f" < {below:g}" if below is not None else ""
+    left = f"{_shown(least)} <= " if least is not None else f"{_shown(above)} < " if above is not None else ""
+    right = f" <= {_shown(most)}" if most is not None else f" < {_shown(below)}" if below is not None else ""
     return f"{left}{name}{right}"
+
+
+def _is_finite_real(value: Any) -> bool:
+    if not isinstance(value, (int, float, np.integer, np.floating)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int beyond the greatest float
+        return False
 
 
 def real(
@@ -42,8 +56,7 @@ def real(
 ) -> float:
     """Check a finite real number. :return: It, as a float."""
     expected = _bounds(name, least, above, most, below)
-    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value):
+    if not _is_finite_real(value):
         raise refuse(name, repr(value), f"a number, {expected}" if expected != name else "a finite number", remedy)
     if (
         (least is not None and value < least)
@@ -51,7 +64,7 @@ def real(
         or (most is not None and value > most)
         or (below is not None and value >= below)
     ):
-        raise refuse(name, f"{float(value):g}", expected, remedy)
+        raise refuse(name, _shown(float(value)), expected, remedy)
     return float(value)
 
 
@@ -110,17 +123,24 @@ def optional(package: str, extra: str, purpose: str) -> ModuleType:
         raise MissingDependencyError(package.split(".")[0], extra, purpose) from error
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    """Torch can store unsigned types above uint8 (16-bit PNGs, NumPy labels) but neither compare nor reduce them."""
+    return tensor.long() if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64) else tensor
+
+
 def as_tensor(name: str, value: Any) -> Tensor:
-    """:return: The array as a tensor that shares its memory where it can; anything not numeric is refused."""
+    """:return: The array as a tensor that shares its memory where it can; anything but real numbers is refused."""
     if isinstance(value, Tensor):
-        return value.detach()
+        if value.is_complex():
+            raise refuse(name, f"dtype {value.dtype}", "real numbers")
+        return _wide(value.detach())
     try:
         array = np.asarray(value)
         if array.dtype.kind not in "buif":
             raise TypeError(f"dtype {array.dtype}")
         if not array.flags.writeable or any(stride < 0 for stride in array.strides):
             array = array.copy()
-        return torch.from_numpy(array)
+        return _wide(torch.from_numpy(array))
     except (TypeError, ValueError) as error:
         raise refuse(name, f"{type(value).__name__} ({error})", "an array or tensor of numbers") from error
 
@@ -150,10 +170,13 @@ def images(
         raise refuse(name, f"shape {tuple(tensor.shape)}", f"4 axes, {expected}", hint)
     if len(tensor) == 0:
         raise refuse(name, "an empty set", "at least one image")
+    if tensor.numel() == 0:
+        raise refuse(name, f"shape {tuple(tensor.shape)}", "images that have pixels")
     if shape is not None and tuple(tensor.shape[1:]) != tuple(shape):
-        hint = "channels come first: x.transpose(0, 3, 1, 2)" if tuple(tensor.shape[1:]) == (*shape[1:], shape[0]) else ""
+        channels_last = tuple(tensor.shape[1:]) == (*shape[1:], shape[0])
+        hint = "channels come first: x.transpose(0, 3, 1, 2)" if channels_last else ""
         raise refuse(name, f"shape {tuple(tensor.shape)}", expected, hint)
-    if tensor.is_complex() or tensor.dtype == torch.bool:
+    if tensor.dtype == torch.bool:
         raise refuse(name, f"dtype {tensor.dtype}", "real numbers")
     if allow_uint8 and tensor.dtype == torch.uint8:
         return tensor
@@ -164,10 +187,14 @@ def images(
             raise refuse(name, f"NaN or Inf in image {bad}", "finite pixels", "remove or repair it")
         least, most = float(chunk.min()), float(chunk.max())
         if least < low - 1e-6 * (high - low) or most > high + 1e-6 * (high - low):
-            hint = "divide by 255" if (low, high) == (0.0, 1.0) and 1 < most <= 255 and least >= 0 else (
-                "put the mean and standard deviation into the network, not into the data" if least < low else ""
+            hint = "put the mean and standard deviation into the network, not into the data" if least < low else ""
+            if (low, high) == (0.0, 1.0) and 1 < most <= 255 and least >= 0:
+                hint = "divide by 255"
+            got, expected = (
+                f"values from {_shown(least)} to {_shown(most)}",
+                f"values in [{_shown(low)}, {_shown(high)}]",
             )
-            raise refuse(name, f"values from {least:g} to {most:g}", f"values in [{low:g}, {high:g}]", hint)
+            raise refuse(name, got, expected, hint)
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
@@ -186,6 +213,8 @@ def labels(y: Any, count: int, num_classes: int, *, name: str = "y", soft: bool 
         raise refuse(name, f"shape {tuple(tensor.shape)}", f"({count},) indices or ({count}, {num_classes}) rows")
     if len(tensor) != count:
         raise refuse(name, f"{len(tensor)} labels", f"{count}, one for each image")
+    if tensor.numel() == 0:
+        raise refuse(name, "an empty set", "at least one label")
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise refuse(name, "NaN or Inf", "finite labels")
     if tensor.ndim == 1:
@@ -199,7 +228,7 @@ def labels(y: Any, count: int, num_classes: int, *, name: str = "y", soft: bool 
     if tensor.shape[1] != num_classes:
         raise refuse(name, f"shape {tuple(tensor.shape)}", f"({count}, {num_classes})")
     rows = tensor.float()
-    if float(rows.min()) < 0 or not torch.allclose(rows.sum(1), torch.ones(count), atol=1e-3):
+    if float(rows.min()) < 0 or float((rows.sum(1) - 1).abs().max()) > 1e-3:
         raise refuse(name, "rows that are not probabilities", "rows of at least 0 that sum to 1")
     if bool((rows.max(1).values == 1).all()):
         return rows.argmax(1)

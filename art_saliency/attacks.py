@@ -62,7 +62,14 @@ def attack_loss(loss: str | AttackLoss) -> AttackLoss:
 
 
 def _ascend(
-    model: nn.Module, start: Tensor, x: Tensor, y: Tensor, threat: ThreatModel, max_iter: int, eps_step: float, loss: AttackLoss
+    model: nn.Module,
+    start: Tensor,
+    x: Tensor,
+    y: Tensor,
+    threat: ThreatModel,
+    max_iter: int,
+    eps_step: float,
+    loss: AttackLoss,
 ) -> Tensor:
     """The inner maximisation: steepest ascent from `start`, projected after each step."""
     x_adv = start
@@ -112,12 +119,12 @@ def pgd(
     if threat.eps == 0:
         return x.clone()
     with evaluating(model), frozen(model):
-        best = best_score = best_fooled = None
+        best: Tensor | None = None
         for restart in range(restarts):
             if restart == 0 and start is not None:
                 first = threat.project(start, x)
             else:
-                first = threat.random_start(x, random) if random_start else x
+                first = threat.random_start(x, random) if random_start else x.clone()  # no step, no alias of the input
             x_adv = _ascend(model, first, x, y, threat, max_iter, step, objective)
             if restarts == 1:
                 return x_adv

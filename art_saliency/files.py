@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import tempfile
+import secrets
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,17 +26,24 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     :param path: Where it is to appear. :param write: Given the open file.
     :raises CheckpointError: When it cannot be written (a full disk); what stood there before still stands.
     """
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with aside.open("xb") as file:  # not tempfile's: that would leave a checkpoint only its owner can read
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: could not be written ({error.strerror or error}); free some space or choose another folder") from error
+    except (OSError, RuntimeError) as error:
+        # torch.save may meet a full disk while it closes its archive; its RuntimeError then hides the OSError.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise CheckpointError(
+            f"{path}: could not be written ({cause.strerror or cause}); free some space or choose another folder"
+        ) from error
     finally:
-        Path(aside).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that does not exist, or is a file
+            aside.unlink()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
@@ -51,11 +60,15 @@ def read_tensors(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file, expected weights; check the path, or train again")
     try:
+        if zipfile.is_zipfile(path):  # torch.load does not look at the sums that torch.save put there
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen kinds, by what is wrong with the file
         raise CheckpointError(
-            f"{path}: damaged or not a file of tensors ({type(error).__name__}); expected a state dict that "
-            f"torch.load(weights_only=True) reads; copy it again or train again"
+            f"{path}: got a file that is damaged or holds more than tensors ({type(error).__name__}), expected a state "
+            f"dict that torch.load(weights_only=True) reads; copy it again or train again"
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: got {type(content).__name__}, expected a dict of tensors by name")
@@ -80,6 +93,7 @@ def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+        # The name's length comes first, so that no name can pass for the end of another tensor.
+        digest.update(f"{len(name)}|{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()

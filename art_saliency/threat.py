@@ -16,9 +16,25 @@ NORMS = ("Linf", "L2")
 """Names as in RobustBench."""
 
 
+def _rows(values: Tensor, like: Tensor) -> Tensor:
+    """:return: One number a sample, shaped (N, 1, ...) to broadcast."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
 def _norms(delta: Tensor) -> Tensor:
     """:return: L2 norms of (N, ...), shaped (N, 1, ...) to broadcast."""
-    return delta.flatten(1).norm(dim=1).view(-1, *[1] * (delta.ndim - 1))
+    return _rows(delta.flatten(1).norm(dim=1), delta)
+
+
+def _unit(delta: Tensor) -> Tensor:
+    """
+    Rows of L2 norm 1, at any scale; 0 where a row is exactly 0.
+
+    The gradients of a confident network are tiny and their squares vanish: without the first division an L2 attack would
+    stand still where a Linf attack moves, and report the network as robust.
+    """
+    delta = delta / _rows(delta.flatten(1).abs().amax(1), delta).clamp_min(torch.finfo(delta.dtype).tiny)
+    return delta / _norms(delta).clamp_min(1e-12)
 
 
 @dataclass(frozen=True)
@@ -40,7 +56,10 @@ class ThreatModel:
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """
-        The nearest image of the ball around `x` that is also inside [0, 1].
+        Bring images back into the ball around `x` and into [0, 1].
+
+        The nearest such image for Linf. For L2 the nearest of the ball, then clamped: the nearest of both too, unless
+        both had to move it.
 
         :param x_adv: (N, C, H, W), anything finite.
         :param x: (N, C, H, W) in [0, 1], the centre.
@@ -54,7 +73,9 @@ class ThreatModel:
 
     def random_start(self, x: Tensor, random: RandomSource | None = None) -> Tensor:
         """
-        A point of the ball: uniform in the cube for Linf, a uniform direction and radius for L2 (as ART draws it).
+        A point of the ball: uniform in the cube for Linf, a uniform direction and a uniform radius for L2.
+
+        ART's L2 start is uniform in volume, which in hundreds of dimensions is the sphere itself.
 
         :param x: (N, C, H, W) in [0, 1].
         :param random: Where the random numbers come from; ``None`` is torch's global generator.
@@ -63,8 +84,8 @@ class ThreatModel:
         if self.norm == "Linf":
             return (x + self.eps * (2 * uniform(x, random) - 1)).clamp(0, 1)
         direction = normal(x, random)
-        radius = uniform(x.flatten(1)[:, :1], random).view(-1, *[1] * (x.ndim - 1))
-        return (x + self.eps * radius * direction / _norms(direction).clamp_min(1e-12)).clamp(0, 1)
+        radius = _rows(uniform(x.flatten(1)[:, :1], random), x)
+        return (x + self.eps * radius * _unit(direction)).clamp(0, 1)
 
     def ascent_direction(self, gradient: Tensor) -> Tensor:
         """
@@ -73,7 +94,7 @@ class ThreatModel:
         :param gradient: (N, C, H, W).
         :return: (N, C, H, W), 0 where the gradient is exactly 0.
         """
-        return gradient.sign() if self.norm == "Linf" else gradient / _norms(gradient).clamp_min(1e-12)
+        return gradient.sign() if self.norm == "Linf" else _unit(gradient)
 
     def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """:return: (N,) distances of the images in this model's norm."""

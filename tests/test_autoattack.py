@@ -26,7 +26,6 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from art_saliency.errors import ArtSaliencyError, InputError, MissingDependencyError, UnsupportedModelError
-from art_saliency.evaluation import _autoattack_memory as memory_module
 from art_saliency.evaluation._autoattack_backend import distribution_version, find_backend
 from art_saliency.evaluation._autoattack_memory import weights_sha256
 from art_saliency.evaluation._autoattack_plan import plan_attacks
@@ -268,7 +267,7 @@ def test_other_versions_run_with_few_classes(trained: Any, version: str, classes
 # ------------------------------------------------------------------------------------------------------ resumption
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for the end of the process."""
 
 
@@ -281,7 +280,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, fatal: int | None = None) -> li
             calls.append(type(self).__name__)
             x_adv = _perturb(self, *args, **options)
             if len(calls) == fatal:
-                raise Killed
+                raise KilledError
             return x_adv
 
         monkeypatch.setattr(kind, "perturb", noted)
@@ -326,7 +325,7 @@ def test_resumes_bit_for_bit_after_an_error(
     assert any("zero gradient" in warning for warning in uninterrupted.warnings)
     with pytest.MonkeyPatch.context() as patch:
         count_calls(patch, fatal)
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             ours(model, x, y, state_dir=tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         calls = count_calls(patch)
@@ -357,7 +356,7 @@ def test_resumes_bit_for_bit_after_a_kill(
                     os.kill(os.getpid(), signal.SIGKILL)
                 replace(source, target)
 
-            memory_module.os.replace = fatal  # type: ignore[attr-defined]
+            os.replace = fatal
             ours(model, x, y, state_dir=tmp_path)
         finally:
             os._exit(1)
@@ -380,7 +379,7 @@ class Noisy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.inner(x)
-        return logits + torch.randn_like(logits) * 0.5 + random.gauss(0, 0.2) + torch.tensor(np.random.rand(10)).float()
+        return logits + torch.randn_like(logits) * 0.5 + random.gauss(0, 0.2) + torch.tensor(np.random.rand(10)).float()  # noqa: NPY002
 
 
 def test_randomised_networks(trained: Any, tmp_path: Path) -> None:
@@ -389,14 +388,14 @@ def test_randomised_networks(trained: Any, tmp_path: Path) -> None:
     model, x, y = Noisy(model).eval(), x[:20], y[:20]
     torch.manual_seed(0)
     random.seed(0)
-    np.random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
     expected = direct(model, x, y, version="rand")
     torch.manual_seed(99)
     whole = ours(model, x, y, version="rand")
     assert torch.equal(whole.x_adv, expected)
     with pytest.MonkeyPatch.context() as patch:
         count_calls(patch, 3)
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             ours(model, x, y, version="rand", state_dir=tmp_path)
     torch.manual_seed(100)
     assert same(ours(model, x, y, version="rand", state_dir=tmp_path), whole)
@@ -412,7 +411,7 @@ def test_damaged_files_are_computed_again(trained: Any, tmp_path: Path, damage: 
     assert len(files) == 5
     content = files[0].read_bytes()
     if damage == "flip":  # one bit of one pixel: torch.load alone would not notice
-        place = content.index(torch.load(_payload(content), weights_only=True)["x_adv"].numpy().tobytes()[:64]) + 2
+        place = content.index(torch.load(files[0], weights_only=True)["x_adv"].numpy().tobytes()[:64]) + 2
         content = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
     elif damage == "cut":
         content = content[: len(content) // 2]
@@ -431,12 +430,6 @@ def test_damaged_files_are_computed_again(trained: Any, tmp_path: Path, damage: 
         calls = count_calls(patch)
         ours(model, x, y, version="custom", attacks=["apgd-ce", "square"], state_dir=tmp_path)
     assert calls == []
-
-
-def _payload(content: bytes) -> Any:
-    import io
-
-    return io.BytesIO(content.partition(b"\n")[2])
 
 
 class Relit(nn.Module):
@@ -463,7 +456,7 @@ def test_a_folder_of_another_evaluation_is_refused(trained: Any, tmp_path: Path)
         other[-1].bias[0] += 1e-7
     assert weights_sha256(Relit(model)) == weights_sha256(model)
     cases: list[tuple[str, nn.Module, Tensor, Tensor, dict[str, Any]]] = [
-        ("eps \\(0.12 there, 0.2 here\\)", model, x, y, {"eps": 0.2}),
+        (r"eps \(0.12 there, 0.2 here\)", model, x, y, {"eps": 0.2}),
         ("norm", model, x, y, {"norm": "L2"}),
         ("seed", model, x, y, {"seed": 1}),
         ("batch_size", model, x, y, {"batch_size": 17}),
@@ -476,10 +469,10 @@ def test_a_folder_of_another_evaluation_is_refused(trained: Any, tmp_path: Path)
         ("logits", Relit(model).eval(), x, y, {}),
     ]
     for named, network_, images, labels, change in cases:
-        with pytest.raises(InputError, match=f"state_dir: .* differs in .*{named}"):
+        with pytest.raises(InputError, match=rf"state_dir: .* differs in .*{named}"):
             ours(network_, images, labels, **{**settings, **change})
     torch.set_num_threads(2)
-    with pytest.raises(InputError, match="threads \\(1 there, 2 here\\)"):
+    with pytest.raises(InputError, match=r"threads \(1 there, 2 here\)"):
         ours(model, x, y, **settings)
     torch.set_num_threads(1)
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -513,10 +506,19 @@ def test_process_and_network_are_left_as_they_were(
     tracers = []
     perturb = FABAttack.perturb
 
+    def meddle(network_: Any, *_: Any) -> None:
+        """A network that calls a `grad` of its own and writes into its gradients."""
+        grad(x)
+        for parameter in network_.parameters():
+            parameter.grad = torch.ones_like(parameter) if parameter.grad is None else parameter.grad.add_(1)
+
+    model.register_forward_pre_hook(meddle)
+
     def attack(self: Any, *args: Any) -> Tensor:
         tracers.append(sys.gettrace())
+        assert not any(p.requires_grad for p in model.parameters())  # FAB's backward would compute them all
         if fails and where == "attack":
-            raise Killed
+            raise KilledError
         return perturb(self, *args)
 
     monkeypatch.setattr(FABAttack, "perturb", attack)
@@ -524,21 +526,21 @@ def test_process_and_network_are_left_as_they_were(
 
         def dies_when_traced(*_: Any) -> None:
             if sys.gettrace() is checks.tracefunc:  # in the middle of AutoAttack's own check
-                raise Killed
+                raise KilledError
 
         model.register_forward_pre_hook(dies_when_traced)
     torch.manual_seed(5)
     random.seed(5)
-    np.random.seed(5)
-    expected = (torch.rand(3).tolist(), random.random(), np.random.rand(3).tolist())
+    np.random.seed(5)  # noqa: NPY002
+    expected = (torch.rand(3).tolist(), random.random(), np.random.rand(3).tolist())  # noqa: NPY002
     torch.manual_seed(5)
     random.seed(5)
-    np.random.seed(5)
+    np.random.seed(5)  # noqa: NPY002
     old = sys.gettrace()
     sys.settrace(trace_nothing)
     try:
         if fails:
-            with pytest.raises(Killed):
+            with pytest.raises(KilledError):
                 ours(model, x, y)
         else:
             ours(model, x, y)
@@ -548,7 +550,7 @@ def test_process_and_network_are_left_as_they_were(
     assert after is trace_nothing
     assert set(tracers) <= {trace_nothing}  # breakpoints work within the attacks too
     assert bool(tracers) is not (fails and where == "forward")
-    assert (torch.rand(3).tolist(), random.random(), np.random.rand(3).tolist()) == expected
+    assert (torch.rand(3).tolist(), random.random(), np.random.rand(3).tolist()) == expected  # noqa: NPY002
     for name, parameter in model.named_parameters():
         gradient, values = gradients[name]
         assert parameter.grad is gradient

@@ -41,7 +41,7 @@ class Messages:
         self.warnings: list[str] = []
 
     def warning(self, text: str) -> None:
-        """pyautoattack's way to warn."""
+        """How pyautoattack warns."""
         self.warnings.append(text)
         LOG.warning("AutoAttack: %s", text)
 

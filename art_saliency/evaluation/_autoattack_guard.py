@@ -17,7 +17,7 @@ from art_saliency.modes import evaluating, frozen
 
 def random_state() -> dict[str, Any]:
     """:return: The state of every global generator, in types that ``torch.load(weights_only=True)`` reads."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002 - what others draw from
     return {
         "torch": torch.get_rng_state(),
         # Asking an idle CUDA for its state would start it: hundreds of MiB, and no fork afterwards.
@@ -36,14 +36,14 @@ def set_random_state(state: dict[str, Any]) -> None:
         # Seeds given to an idle CUDA wait for its start. Its state cannot be read, but torch seeds it with the CPU's.
         torch.cuda.manual_seed_all(torch.initial_seed())
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
 
 
 def seed_everything(seed: int) -> None:
     """Seed every global generator: a randomised network may draw from any of them."""
     torch.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
 
 
 @contextmanager

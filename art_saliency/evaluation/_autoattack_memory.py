@@ -10,12 +10,10 @@ file.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,8 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from art_saliency import _checks
+from art_saliency.errors import CheckpointError
 from art_saliency.evaluation._autoattack_backend import Messages
 from art_saliency.evaluation._autoattack_guard import random_state, set_random_state
+from art_saliency.files import read_tensors, sha256_of_tensors, write_file, write_tensors
 
 _FINGERPRINT = "fingerprint.json"
 
@@ -39,32 +39,9 @@ _INNER: dict[str, Callable[[Any], str]] = {
 }
 
 
-def tensors_sha256(tensors: Iterable[tuple[str, Any]]) -> str:
-    """:return: SHA-256 over names, dtypes, shapes and bytes; what is not a tensor (extra state) counts by its repr."""
-    digest = hashlib.sha256()
-    for name, value in tensors:
-        if not isinstance(value, Tensor):
-            digest.update(f"{name}|{value!r}|".encode())
-            continue
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def weights_sha256(model: nn.Module) -> str:
-    """:return: SHA-256 of the network's state_dict, whatever its order."""
-    return tensors_sha256(sorted(model.state_dict().items()))
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all, wherever the process is killed."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(draft, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    """:return: SHA-256 of the network's weights and buffers, the one that a saved run states too."""
+    return sha256_of_tensors({name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)})
 
 
 def _same(ours: Any, theirs: Any) -> bool:
@@ -96,7 +73,7 @@ class Memory:
             ValueError,
         ):  # new, or damaged: what lies there is then recomputed, its keys will not fit
             begun = json.loads(json.dumps(fingerprint))
-            _write(folder / _FINGERPRINT, json.dumps(begun, indent=1).encode())
+            write_file(folder / _FINGERPRINT, lambda file: file.write(json.dumps(begun, indent=1).encode()))
         differing = [name for name in fingerprint if not _same(fingerprint[name], begun.get(name))]
         if differing:
             values = (
@@ -113,31 +90,21 @@ class Memory:
     def key(self, attack: str, call: int, x: Tensor, y: Tensor) -> str:
         """:return: SHA-256 of everything that the call's outcome depends on."""
         state = random_state()
-        generators = [
-            ("torch", state["torch"]),
-            *(("cuda", s) for s in state["cuda"]),
-            ("other", (state["python"], state["numpy"])),
-        ]
-        return tensors_sha256([("run", self._identity), ("call", (attack, call)), ("x", x), ("y", y), *generators])
+        tensors = {"x": x, "y": y, "torch": state["torch"], **{f"cuda {i}": s for i, s in enumerate(state["cuda"])}}
+        plain = (self._identity, attack, call, state["python"], state["numpy"], sha256_of_tensors(tensors))
+        return hashlib.sha256(repr(plain).encode()).hexdigest()
 
     def recall(self, attack: str, call: int, key: str, device: torch.device) -> dict[str, Any] | None:
         """:return: What :meth:`keep` was given; None when nothing is there, or it is damaged, or of another key."""
         try:
-            seal, _, content = self._path(attack, call).read_bytes().partition(b"\n")
-            # torch does not check the sums in its files: a flipped bit would come back as a pixel.
-            if seal != hashlib.sha256(content).hexdigest().encode():
-                return None
-            known: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-        except FileNotFoundError:
+            known = read_tensors(self._path(attack, call))
+        except CheckpointError:
             return None
-        return {**known, "x_adv": known["x_adv"].to(device)} if known["key"] == key else None
+        return {**known, "x_adv": known["x_adv"].to(device)} if known.get("key") == key else None
 
     def keep(self, attack: str, call: int, **outcome: Any) -> None:
         """Write a call's outcome: ``key``, ``x_adv``, ``random``, ``warnings``, ``seconds``."""
-        buffer = io.BytesIO()
-        torch.save(outcome, buffer)
-        content = buffer.getvalue()
-        _write(self._path(attack, call), hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+        write_tensors(self._path(attack, call), outcome)
 
     def _path(self, attack: str, call: int) -> Path:
         return self.folder / f"{call:05d}-{attack}.pt"

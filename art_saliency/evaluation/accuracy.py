@@ -32,15 +32,36 @@ def binomial_interval(successes: int, count: int, *, z: float = 1.96) -> tuple[f
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def _device(model: nn.Module, x: Tensor) -> torch.device:
+    return next((p.device for p in model.parameters()), x.device)
+
+
+def _pixels(x: Tensor, device: torch.device) -> Tensor:
+    x = x.to(device)
+    return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+def _checked(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Images and labels that fit each other and the network.
+
+    One image goes through the network to count its classes: a label beyond them would be counted as an error of the
+    network, and ends a CUDA process when it reaches a loss.
+    """
+    x = _checks.images(x, allow_uint8=True)
+    with evaluating(model), torch.no_grad():
+        classes = model(_pixels(x[:1], _device(model, x))).shape[1]
+    return x, _checks.labels(y, len(x), classes, soft=False)
+
+
 def _share_correct(
     model: nn.Module, x: Tensor, y: Tensor, batch_size: int, perturb: Callable[[Tensor, Tensor], Tensor]
 ) -> float:
-    device = next((p.device for p in model.parameters()), x.device)
+    device = _device(model, x)
     correct = torch.zeros((), dtype=torch.long, device=device)
     with evaluating(model):
         for start in range(0, len(x), batch_size):
-            images = x[start : start + batch_size].to(device)
-            images = images.float() / 255 if images.dtype == torch.uint8 else images
+            images = _pixels(x[start : start + batch_size], device)
             targets = y[start : start + batch_size].to(device)
             images = perturb(images, targets)
             with torch.no_grad():
@@ -54,10 +75,10 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 256) -
 
     :param model: Maps (N, C, H, W) in [0, 1] to logits; evaluated in eval mode, its modes restored.
     :param x: (N, C, H, W) in [0, 1], or uint8; on any device.
-    :param y: (N,) int64.
+    :param y: (N,) int64, or one-hot rows (N, K).
     :return: 0 to 1.
     """
-    x, y = _checks.images(x, allow_uint8=True), _checks.labels(y, len(x), 1 << 62)
+    x, y = _checked(model, x, y)
     return _share_correct(model, x, y, _checks.whole("batch_size", batch_size, least=1), lambda images, _: images)
 
 
@@ -81,13 +102,20 @@ def pgd_accuracy(
     :param seed: Of the random starts. The other parameters are those of :func:`accuracy` and of the attack.
     :return: 0 to 1.
     """
-    x, y = _checks.images(x, allow_uint8=True), _checks.labels(y, len(x), 1 << 62)
-    device = next((p.device for p in model.parameters()), x.device)
-    random = RandomSource(seed, device)
+    x, y = _checked(model, x, y)
+    random = RandomSource(seed, _device(model, x))
 
     def perturb(images: Tensor, targets: Tensor) -> Tensor:
         return pgd(
-            model, images, targets, threat=threat, max_iter=max_iter, eps_step=eps_step, restarts=restarts, loss=loss, random=random
+            model,
+            images,
+            targets,
+            threat=threat,
+            max_iter=max_iter,
+            eps_step=eps_step,
+            restarts=restarts,
+            loss=loss,
+            random=random,
         )
 
     return _share_correct(model, x, y, _checks.whole("batch_size", batch_size, least=1), perturb)

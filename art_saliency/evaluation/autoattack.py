@@ -21,7 +21,7 @@ from art_saliency import _checks
 from art_saliency.errors import UnsupportedModelError
 from art_saliency.evaluation._autoattack_backend import LOG, Messages, find_backend
 from art_saliency.evaluation._autoattack_guard import process_kept, seed_everything
-from art_saliency.evaluation._autoattack_memory import Calls, Memory, Tally, tensors_sha256, weights_sha256
+from art_saliency.evaluation._autoattack_memory import Calls, Memory, Tally, weights_sha256
 from art_saliency.evaluation._autoattack_plan import (
     ATTACKS,
     QUERIES,
@@ -31,6 +31,7 @@ from art_saliency.evaluation._autoattack_plan import (
     plan_attacks,
 )
 from art_saliency.evaluation.accuracy import binomial_interval
+from art_saliency.files import sha256_of_tensors
 from art_saliency.threat import ThreatModel
 
 __all__ = ["ATTACKS", "VERSIONS", "AutoAttackResult", "autoattack"]
@@ -177,7 +178,7 @@ def autoattack(
             "threads": torch.get_num_threads(),
             "device": _device_name(home),
             "weights_sha256": weights_sha256(model),
-            "data_sha256": tensors_sha256([("x", images), ("y", targets)]),
+            "data_sha256": sha256_of_tensors({"x": images, "y": targets}),
         }
         memory = None
         if state_dir is not None:

@@ -12,6 +12,11 @@ def percent(share: float | None, *, digits: int = 1) -> str:
     return "-" if share is None else f"{100 * share:.{digits}f}"
 
 
+def _cell(value: object) -> str:
+    """Text that stays in its cell: a bar or the end of a line would start another."""
+    return " ".join(str(value).replace("|", "\\|").splitlines())
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """
     A Markdown table, columns aligned: the first to the left, the others to the right.
@@ -19,11 +24,14 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     :param header: The columns' names. :param rows: As many cells each.
     :return: Its lines, joined.
     """
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    cells = [[_cell(value) for value in row] for row in (header, *rows)]
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
-        padded = [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        padded = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         return "| " + " | ".join(padded) + " |"
 
     rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"

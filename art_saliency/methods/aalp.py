@@ -246,7 +246,9 @@ def _at_layer(model: nn.Module, layer: str, act: Callable[[Tensor], Tensor]) -> 
         return act(features)
 
     if on_input:
-        handle = module.register_forward_pre_hook(lambda _, inputs: (checked(inputs[0]), *inputs[1:]))
+        handle = module.register_forward_pre_hook(
+            lambda _, inputs: (checked(inputs[0] if inputs else None), *inputs[1:])
+        )
     else:
         handle = module.register_forward_hook(lambda _, __, output: checked(output))
     try:
@@ -270,23 +272,26 @@ def _guiding_pass(
 
     :return: (N, channels) contributions for each layer, and the unmasked logits (N, K), detached.
     """
-    features: list[Tensor] = []
+    features: dict[str, Tensor] = {}
 
-    def watch(output: Tensor) -> Tensor:
+    def watch(output: Tensor, layer: str) -> Tensor:
         # Weights are frozen and x needs no gradient, so nothing before the layer is in a graph: the backward is the head's.
-        features.append(output if output.requires_grad else output.detach().requires_grad_())
-        return features[-1].clone()  # what follows may work in place
+        features[layer] = output if output.requires_grad else output.detach().requires_grad_()
+        return features[layer].clone()  # what follows may work in place
 
     with ExitStack() as stack:
         for manager in (evaluating(model), frozen(model), torch.enable_grad()):
             stack.enter_context(manager)
         for layer in layers:
-            stack.enter_context(_at_layer(model, layer, watch))
+            stack.enter_context(_at_layer(model, layer, partial(watch, layer=layer)))
         logits = model(x.detach())
         index = logits.detach().argmax(1) if guide == "predicted" else y
         score = full_precision(logits).gather(1, index[:, None]).sum()
-        gradients = torch.autograd.grad(score, features, allow_unused=True) if score.requires_grad else (None,)
-    found = [channel_contributions(a, g) for a, g in zip(features, gradients, strict=False) if g is not None]
+        inputs = [features[layer] for layer in layers]
+        gradients = (
+            torch.autograd.grad(score, inputs, allow_unused=True) if score.requires_grad else [None] * len(inputs)
+        )
+    found = [channel_contributions(a, g) for a, g in zip(inputs, gradients, strict=True) if g is not None]
     if len(found) != len(layers):
         raise UnsupportedModelError(
             f"layer: got {', '.join(layers)}, expected features that the logits depend on differentiably; name another layer"

@@ -94,5 +94,6 @@ def loss(
 
 def opposing(z: Tensor, z_adv: Tensor, label: int) -> bool:
     """Whether (p - onehot(y)) . (z - z~) < 0 for one sample."""
+    z, z_adv = z.detach(), z_adv.detach()
     p = torch.softmax(z, 0)
     return float(sum((p[k] - float(k == label)) * (z[k] - z_adv[k]) for k in range(len(z)))) < 0

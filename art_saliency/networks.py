@@ -1,0 +1,212 @@
+"""Networks by name, this package's or anybody's, and the check that every network from elsewhere has to pass."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from art_saliency import _checks
+from art_saliency.architectures import (
+    ACTIVATIONS,
+    ActivationFactory,
+    PreActResNet18,
+    ResNet18,
+    SmallCNN,
+    WideResNet,
+    add_normalisation,
+    normalised,
+)
+from art_saliency.errors import ArtSaliencyError, UnsupportedModelError
+from art_saliency.gradients import input_gradient
+from art_saliency.modes import evaluating
+
+__all__ = [
+    "ACTIVATIONS",
+    "NETWORKS",
+    "ActivationFactory",
+    "NetworkFactory",
+    "PreActResNet18",
+    "ResNet18",
+    "SmallCNN",
+    "WideResNet",
+    "build_network",
+    "check_network",
+    "default_network",
+]
+
+NetworkFactory = Callable[..., nn.Module]
+"""Takes ``num_classes, in_channels, activation, mean, std`` and, unless it is left at its default, ``width``, by keyword."""
+
+NETWORKS: dict[str, NetworkFactory] = {
+    "small-cnn": SmallCNN,
+    "resnet18": ResNet18,
+    "preactresnet18": PreActResNet18,
+    "wrn-28-10": lambda width=10, **options: WideResNet(depth=28, widen_factor=width, **options),
+    "wrn-34-10": lambda width=10, **options: WideResNet(depth=34, widen_factor=width, **options),
+}
+"""By name, for :func:`build_network` and the command line; the width of a Wide ResNet is its widen factor."""
+
+
+def default_network(input_shape: Sequence[int]) -> str:
+    """:param input_shape: (C, H, W). :return: The name of a network that suits it: the small one up to 28 x 28."""
+    return "small-cnn" if max(_shape(input_shape)[1:]) <= 28 else "resnet18"
+
+
+def build_network(
+    name: str,
+    *,
+    num_classes: int,
+    input_shape: Sequence[int],
+    activation: str | ActivationFactory = "relu",
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    width: int | None = None,
+) -> nn.Module:
+    """
+    Build a network with fresh weights, which ``torch.manual_seed`` decides.
+
+    :param name: One of :data:`NETWORKS`; ``"timm:NAME"`` or ``"torchvision:NAME"``; or ``"package.module:factory"``, a
+        function or class of your own, called with those of the keywords `num_classes` and `in_channels` that it accepts.
+    :param num_classes: K, at least 2.
+    :param input_shape: (C, H, W) of the images.
+    :param activation: A name of :data:`ACTIVATIONS`, or a function like those there; of this package's networks only.
+    :param mean: Of each channel, in units of [0, 1]: subtracted inside the network; ``None`` is 0.
+    :param std: Of each channel, in units of [0, 1]: divided by inside the network; ``None`` is 1.
+    :param width: Of this package's networks only; ``None`` is the network's own default.
+    :return: The network, which maps (N, C, H, W) in [0, 1] to logits (N, K).
+    :raises InputError: When there is no such network, or an argument does not suit it.
+    :raises UnsupportedModelError: When a network from elsewhere cannot be made, or fails :func:`check_network`.
+    """
+    _checks.whole("num_classes", num_classes, least=2)
+    shape = _shape(input_shape)
+    if not isinstance(name, str) or ":" not in name:
+        factory = NETWORKS[_checks.one_of("network", name, NETWORKS)]
+        given = {} if width is None else {"width": _checks.whole("width", width, least=1)}
+        return factory(
+            num_classes=num_classes, in_channels=shape[0], activation=activation, mean=mean, std=std, **given
+        )
+    if width is not None or activation != "relu":
+        got = f"a width or an activation for {name!r}"
+        raise _checks.refuse("network", got, "neither", "set them in a factory of your own, package.module:factory")
+    model = _from_elsewhere(name, num_classes, shape[0])
+    check_network(model, shape, num_classes)
+    if add_normalisation(model, shape[0], mean, std):
+        if isinstance(model, nn.Sequential):  # ART runs its children one by one, past any hook
+            raise _checks.refuse("mean", f"one for {name!r}, an nn.Sequential", "None", "normalise in its first layer")
+        model.register_forward_pre_hook(_normalise_input)
+    return model
+
+
+def _normalise_input(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (normalised(network, inputs[0]), *inputs[1:])
+
+
+def _from_elsewhere(name: str, num_classes: int, channels: int) -> nn.Module:
+    origin, _, what = name.partition(":")
+    try:
+        if origin == "timm":
+            timm = _checks.optional("timm", "robustbench", f"the network {name!r}")
+            _known(name, timm.list_models())
+            return timm.create_model(what, num_classes=num_classes, in_chans=channels)  # type: ignore[no-any-return]
+        if origin == "torchvision":
+            models = _checks.optional("torchvision", "vision", f"the network {name!r}").models
+            _known(name, models.list_models(module=models))
+            return models.get_model(what, weights=None, num_classes=num_classes)  # type: ignore[no-any-return]
+        factory = _imported(name)
+        return factory(**_accepted(factory, num_classes=num_classes, in_channels=channels))  # type: ignore[no-any-return]
+    except ArtSaliencyError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"network: got {name!r}, which could not be made ({_brief(error)}), expected a network for {num_classes} "
+            f"classes and {channels} channels; try it by itself in Python"
+        ) from error
+
+
+def _known(name: str, known: Sequence[str]) -> None:
+    """Refuse a name that the library does not know; it knows too many to print them."""
+    library, _, what = name.partition(":")
+    if what.partition(".")[0] not in known:  # timm writes architecture.weights
+        expected = f"a classifier that {library} lists{_checks.suggestion(what, known)}"
+        raise _checks.refuse("network", repr(name), expected)
+
+
+def _imported(name: str) -> Any:
+    module, _, path = name.partition(":")
+    try:
+        return attrgetter(path)(importlib.import_module(module))
+    except Exception as error:
+        raise _checks.refuse(
+            "network",
+            f"{name!r}, which could not be imported ({_brief(error)})",
+            "package.module:factory",
+            "run `python -m art_saliency` in the folder that holds it, or put that folder on PYTHONPATH",
+        ) from error
+
+
+def _accepted(factory: Any, **options: Any) -> dict[str, Any]:
+    """:return: The options that the factory has parameters for."""
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # a built-in without a signature, or nothing that can be called
+        return {}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return options
+    return {key: value for key, value in options.items() if key in parameters}
+
+
+def check_network(model: nn.Module, input_shape: Sequence[int], num_classes: int) -> None:
+    """
+    Try a network on two images, forward and backward, in eval mode. Weights, gradients and modes stay as they are.
+
+    :param model: Maps (N, C, H, W) in [0, 1] to logits (N, K).
+    :param input_shape: (C, H, W).
+    :param num_classes: K.
+    :raises UnsupportedModelError: When it gives anything but finite logits (2, K) that have a gradient to the images.
+    """
+    if not isinstance(model, nn.Module):
+        raise _unsupported(f"a {type(model).__name__}", "a torch.nn.Module", "return the network itself")
+    shape, wanted = (2, *_shape(input_shape)), f"logits of shape (2, {num_classes}) for two images"
+    like = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.zeros(()))
+    x = torch.linspace(0, 1, math.prod(shape), device=like.device, dtype=like.dtype).view(shape)
+    try:
+        with evaluating(model), torch.enable_grad():
+            logits = model(x.requires_grad_(True))
+            if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
+                got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+                raise _unsupported(got, f"{wanted} and nothing else", "change its last layer")
+            input_gradient(logits.sum(), x)
+    except ArtSaliencyError:
+        raise
+    except Exception as error:
+        got, remedy = f"{_brief(error)} for input of shape {shape}", "look at the channels and the size that it takes"
+        raise _unsupported(got, f"{wanted} and their gradient", remedy) from error
+    if logits.is_meta:
+        return
+    if not bool(logits.isfinite().all()):
+        raise _unsupported("NaN or Inf", f"finite {wanted} in [0, 1]", "look at its weights")
+    if bool((logits >= 0).all()) and torch.allclose(logits.sum(1), torch.ones_like(logits[:, 0]), atol=1e-4):
+        raise _unsupported("probabilities", wanted, "take the softmax out of the network")
+
+
+def _unsupported(got: str, expected: str, remedy: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"model: got {got}, expected {expected}; {remedy}")
+
+
+def _brief(error: Exception) -> str:
+    """:return: An error's type and the first line of what it says."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200].rstrip('.')}".removesuffix(": ")
+
+
+def _shape(input_shape: Sequence[int]) -> tuple[int, int, int]:
+    if len(input_shape) != 3:
+        raise _checks.refuse("input_shape", tuple(input_shape), "(C, H, W)")
+    channels, height, width = (_checks.whole("input_shape", side, least=1) for side in input_shape)
+    return channels, height, width

@@ -1,0 +1,191 @@
+"""The command line as a user meets it: real runs on real digits, and one clear sentence for every wrong word."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from art_saliency import load
+from art_saliency.cli import main
+from art_saliency.data import load_data
+from art_saliency.evaluation.accuracy import accuracy
+from art_saliency.files import sha256_of_tensors
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run trained by the command line on an .npz of 300 digits."""
+    place = tmp_path_factory.mktemp("cli")
+    data = load_data("digits")
+    np.savez(
+        place / "few.npz",
+        x_train=data.x_train[:300].numpy(),
+        y_train=data.y_train[:300].numpy(),
+        x_test=data.x_test[:40].numpy(),
+        y_test=data.y_test[:40].numpy(),
+    )
+    words = ["train", "adv-gsct", "--data", str(place / "few.npz"), "--eps", "0.1", "--set", "rho=0.2", "--epochs", "25", "--lr", "0.02"]
+    assert main([*words, "--width", "8", "--out", str(place / "run"), "--device", "cpu", "--quiet"]) == 0
+    return place
+
+
+def test_train_writes_a_run_that_load_gives_back(folder):
+    page = json.loads((folder / "run" / "run.json").read_text())
+    assert page["method"] == "adv-gsct"
+    assert page["settings"]["rho"] == 0.2
+    assert page["history"]["meta"]["seed"] == 0
+    assert len(page["history"]["epochs"]) == 25
+    assert page["history"]["epochs"][-1]["validation_robust_accuracy"] is not None
+    classifier = load(folder / "run")
+    assert sha256_of_tensors(classifier.model.state_dict()) == page["weights_sha256"]
+    data = load_data(folder / "few.npz")
+    assert accuracy(classifier.model, data.x_test, data.y_test) > 0.3
+    plain = torch.load(folder / "run" / "weights.pt", weights_only=True)
+    assert all(isinstance(value, torch.Tensor) for value in plain.values())
+    assert not any("model." in key or "module." in key for key in plain)
+
+
+def test_evaluate_measures_with_autoattack_and_refuses_to_replace(folder, capsys):
+    words = ["evaluate", str(folder / "run"), "--images", "24", "--device", "cpu", "--quiet"]
+    assert main([*words, "--force"]) == 0
+    out, err = capsys.readouterr()
+    assert "AutoAttack (standard)" in out
+    assert err == ""
+    result = json.loads((folder / "run" / "evaluation.json").read_text())
+    assert result["images"] == 24
+    assert result["autoattack"]["accuracy"] <= result["pgd20"]["accuracy"] <= result["clean"]["accuracy"]
+    low, high = result["autoattack"]["interval_95"]
+    assert low <= result["autoattack"]["accuracy"] <= high
+    assert result["autoattack_details"]["standard"] is True
+    assert main(words) == 2
+    assert "add --force" in capsys.readouterr().err
+
+
+def test_a_users_own_network_and_weights_are_trained(folder, capsys):
+    words = ["train", "standard", "--data", str(folder / "few.npz"), "--eps", "0.1", "--epochs", "1", "--quiet", "--device", "cpu"]
+    own = ["--network", "tests.method_settings:small_network", "--lr", "0.01", "--out", str(folder / "own")]
+    assert main([*words, *own, "--force"]) == 0
+    started = [*own[:-1], str(folder / "own2"), "--weights", str(folder / "own" / "weights.pt"), "--force"]
+    assert main([*words, *started]) == 0
+    capsys.readouterr()
+    assert main([*words, *own[:-1], str(folder / "own3"), "--weights", str(folder / "run" / "weights.pt")]) == 2
+    assert "do not fit the network" in capsys.readouterr().err
+
+
+WRONG = {
+    "method": (["train", "adv-gst", "--eps", "0.1", "--out", "OUT"], "did you mean 'adv-gsct'"),
+    "network": (["train", "pgd-at", "--eps", "0.1", "--out", "OUT", "--network", "smal-cnn"], "small-cnn"),
+    "data": (["train", "pgd-at", "--eps", "0.1", "--out", "OUT", "--data", "digit"], "did you mean 'digits'"),
+    "file": (["train", "pgd-at", "--eps", "0.1", "--out", "OUT", "--data", "nowhere.npz"], "nowhere.npz"),
+    "eps": (["train", "pgd-at", "--eps", "8", "--out", "OUT"], "eps: got 8, expected 0 <= eps <= 1"),
+    "setting": (["train", "pgd-at", "--eps", "0.1", "--set", "rho=1", "--out", "OUT"], "unknown keyword 'rho'"),
+    "pair": (["train", "pgd-at", "--eps", "0.1", "--set", "rho", "--out", "OUT"], "NAME=VALUE"),
+    "device": (["train", "pgd-at", "--eps", "0.1", "--device", "gpu", "--out", "OUT"], "auto, cpu, cuda or cuda:N"),
+    "augment": (["train", "pgd-at", "--eps", "0.1", "--augment", "crp", "--out", "OUT"], "crop"),
+    "weights": (["train", "pgd-at", "--eps", "0.1", "--weights", "no.pt", "--out", "OUT"], "no.pt: no such file"),
+    "scheduler": (["train", "pgd-at", "--eps", "0.1", "--scheduler", "cosin", "--out", "OUT"], "did you mean 'cosine'"),
+    "no run": (["evaluate", "nowhere"], "nowhere: no run.json"),
+    "quickstart eps": (["quickstart", "--eps", "2", "--out", "OUT"], "--eps: got 2, expected 0 < --eps <= 1"),
+    "quickstart epochs": (["quickstart", "--epochs", "0", "--out", "OUT"], "--epochs: got 0"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_wrong_word_is_explained_in_one_sentence_and_leaves_nothing(kind, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words, expected = WRONG[kind]
+    assert main([*words, "--quiet"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert err.startswith(f"art-saliency {words[0]}: error: ")
+    assert expected in err
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("words", [["trian"], ["train"], ["train", "pgd-at"], ["train", "pgd-at", "--eps", "x", "--out", "a"], ["train", "--hlep"]])
+def test_words_that_do_not_parse_end_with_2_and_usage(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert "usage: art-saliency" in capsys.readouterr().err
+
+
+def test_a_run_that_is_there_is_not_overwritten(folder, capsys):
+    before = (folder / "run" / "weights.pt").read_bytes()
+    assert main(["train", "pgd-at", "--eps", "0.1", "--out", str(folder / "run")]) == 2
+    assert "add --force" in capsys.readouterr().err
+    assert (folder / "run" / "weights.pt").read_bytes() == before
+
+
+def damage(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def other_weights(path):
+    state = torch.load(path, weights_only=True)
+    torch.save({name: value + 1 for name, value in state.items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("weights.pt", damage, "expected a state dict that torch.load"),
+        ("weights.pt", other_weights, "its hash differs"),
+        ("weights.pt", lambda path: path.unlink(), "no such file"),
+        ("run.json", damage, "damaged"),
+        ("run.json", lambda path: path.write_text('{"schema": 99}'), "schema 99"),
+    ],
+)
+def test_a_damaged_run_is_refused(folder, tmp_path, name, change, words, capsys):
+    import shutil
+
+    shutil.copytree(folder / "run", tmp_path / "run")
+    change(tmp_path / "run" / name)
+    assert main(["evaluate", str(tmp_path / "run"), "--force"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_other_data_than_in_training_is_noticed(folder, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(folder / "run", tmp_path / "run")
+    page = json.loads((tmp_path / "run" / "run.json").read_text())
+    page["data"]["fingerprint"] = "0" * 64
+    (tmp_path / "run" / "run.json").write_text(json.dumps(page))
+    assert main(["evaluate", str(tmp_path / "run"), "--force", "--quiet"]) == 2
+    assert "with other content than in training" in capsys.readouterr().err
+
+
+def test_help_teaches_by_example_and_answers_without_torch():
+    for command in ("quickstart", "train", "evaluate"):
+        code = f"import sys; from art_saliency.cli import main\ntry: main(['{command}', '--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert f"art-saliency {command}" in done.stdout.split("Examples:")[1]
+        assert done.stdout.endswith("False\n")
+
+
+def test_quickstart_leaves_table_checkpoints_and_figures(tmp_path, monkeypatch, capsys):
+    """The whole command on few epochs and with AutoAttack's weakest sibling would prove little: this is the real one, shortened."""
+    import art_saliency.evaluation.summary as summary
+
+    real = summary.summarise
+    monkeypatch.setattr(summary, "summarise", lambda model, x, y, **options: real(model, x[:8], y[:8], **options))
+    assert main(["quickstart", "--out", str(tmp_path / "q"), "--epochs", "1", "--quiet", "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for method in ("standard", "pgd-at", "adv-gsct"):
+        assert f"| {method}" in out
+        assert (tmp_path / "q" / method / "saliency.png").read_bytes().startswith(b"\x89PNG")
+        assert load(tmp_path / "q" / method).nb_classes == 10
+    results = json.loads((tmp_path / "q" / "results.json").read_text())
+    assert results["standard"]["passes_per_step"] == 1
+    assert 6 < results["pgd-at"]["passes_per_step"] < 8.5
+    assert 1 < results["adv-gsct"]["passes_per_step"] < results["pgd-at"]["passes_per_step"]
+    assert "Next: " in out
+    assert main(["quickstart", "--out", str(tmp_path / "q")]) == 2
