@@ -16,48 +16,79 @@ from typing import TYPE_CHECKING, Any
 from art_saliency._version import __version__
 
 if TYPE_CHECKING:
-    from art_saliency.data import Augmentation, DataSet, load_data
+    from art_saliency.augmentation import Augmentation
+    from art_saliency.data import DataSet, load_data
     from art_saliency.evaluation.accuracy import accuracy, pgd_accuracy
     from art_saliency.evaluation.autoattack import AutoAttackResult, autoattack
     from art_saliency.networks import build_network
     from art_saliency.threat import ThreatModel
-    from art_saliency.trainers.methods import AdvGSCTTrainer, FGSMTrainer, PGDATTrainer, StandardTrainer
+    from art_saliency.methods.fsr import FSRLoss, insert_fsr, remove_fsr
+    from art_saliency.trainers.methods import (
+        AALPTrainer,
+        AdvGSCTTrainer,
+        ALPTrainer,
+        FGSMTrainer,
+        FSRTrainer,
+        JSIGRTrainer,
+        MARTTrainer,
+        PGDATTrainer,
+        StandardTrainer,
+        TRADESTrainer,
+    )
     from art_saliency.trainers.runs import load, save
 
 _HOME = {
+    "AALPTrainer": "trainers.methods",
+    "ALPTrainer": "trainers.methods",
     "AdvGSCTTrainer": "trainers.methods",
-    "Augmentation": "data",
+    "Augmentation": "augmentation",
     "AutoAttackResult": "evaluation.autoattack",
     "DataSet": "data",
     "FGSMTrainer": "trainers.methods",
+    "FSRLoss": "methods.fsr",
+    "FSRTrainer": "trainers.methods",
+    "JSIGRTrainer": "trainers.methods",
+    "MARTTrainer": "trainers.methods",
     "PGDATTrainer": "trainers.methods",
     "StandardTrainer": "trainers.methods",
+    "TRADESTrainer": "trainers.methods",
     "ThreatModel": "threat",
     "accuracy": "evaluation.accuracy",
     "autoattack": "evaluation.autoattack",
     "build_network": "networks",
+    "insert_fsr": "methods.fsr",
     "load": "trainers.runs",
     "load_data": "data",
     "pgd_accuracy": "evaluation.accuracy",
+    "remove_fsr": "methods.fsr",
     "save": "trainers.runs",
 }
 
 __all__ = [
+    "AALPTrainer",
+    "ALPTrainer",
     "AdvGSCTTrainer",
     "Augmentation",
     "AutoAttackResult",
     "DataSet",
     "FGSMTrainer",
+    "FSRLoss",
+    "FSRTrainer",
+    "JSIGRTrainer",
+    "MARTTrainer",
     "PGDATTrainer",
     "StandardTrainer",
+    "TRADESTrainer",
     "ThreatModel",
     "__version__",
     "accuracy",
     "autoattack",
     "build_network",
+    "insert_fsr",
     "load",
     "load_data",
     "pgd_accuracy",
+    "remove_fsr",
     "save",
 ]
 

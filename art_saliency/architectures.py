@@ -173,7 +173,7 @@ class ResNet18(_Chain):
         The other parameters are those of :class:`SmallCNN`.
     """
 
-    stages = ("conv1", "bn1", "relu", "layer1", "layer2", "layer3", "layer4")
+    stages: ClassVar[tuple[str, ...]] = ("conv1", "bn1", "relu", "layer1", "layer2", "layer3", "layer4")
     block: ClassVar[type[nn.Module]] = _BasicBlock
 
     def __init__(
@@ -207,7 +207,7 @@ class PreActResNet18(ResNet18):
     The parameters are those of :class:`ResNet18`.
     """
 
-    stages: ClassVar[tuple[str, ...]] = ("conv1", "layer1", "layer2", "layer3", "layer4")
+    stages = ("conv1", "layer1", "layer2", "layer3", "layer4")
     block = _PreActBlock
 
 

@@ -54,6 +54,7 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, AttackLoss] = {"cross-entropy": cross_entropy, "margin": margin, "dlr": dlr}
+"""What an attack may maximise, by name."""
 
 
 def attack_loss(loss: str | AttackLoss) -> AttackLoss:

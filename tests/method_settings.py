@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,13 @@ ROWS = {
     "standard": Row(methods.StandardTrainer),
     "fgsm-rs": Row(methods.FGSMTrainer),
     "pgd-at": Row(methods.PGDATTrainer, {"eps": 0.15, "max_iter": 3}),
+    "trades": Row(methods.TRADESTrainer, {"eps": 0.15, "max_iter": 3}),
+    "mart": Row(methods.MARTTrainer, {"eps": 0.15, "max_iter": 3}),
+    "alp": Row(methods.ALPTrainer, {"eps": 0.15, "max_iter": 3}),
     "adv-gsct": Row(methods.AdvGSCTTrainer),
+    "j-sigr": Row(methods.JSIGRTrainer),
+    "aalp": Row(methods.AALPTrainer, {"eps": 0.15, "max_iter": 3}),
+    "fsr": Row(methods.FSRTrainer, {"eps": 0.15, "max_iter": 3, "target": "features", "hidden": 8}),
 }
 
 
@@ -33,9 +40,9 @@ def small_network(*, norm: bool = False, classes: int = 10) -> nn.Module:
     first: list[nn.Module] = [nn.Conv2d(1, 8, 3, padding=1)]
     if norm:
         first.append(nn.BatchNorm2d(8))
-    return nn.Sequential(
-        *first, nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 9, classes)
-    )
+    features = nn.Sequential(*first, nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU())
+    layers = {"features": features, "flat": nn.Flatten(), "linear": nn.Linear(16 * 9, classes)}
+    return nn.Sequential(OrderedDict(layers))
 
 
 def classifier(model: nn.Module | None = None, *, lr: float = 0.01, **options: Any) -> PyTorchClassifier:

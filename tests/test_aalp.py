@@ -537,7 +537,7 @@ def test_half_precision_features_give_full_precision_contributions():
 # --- effect ---------------------------------------------------------------------------------------------------------------
 
 
-def digits(start, stop):
+def some_digits(start, stop):
     data = load_digits()
     return torch.tensor(data.images[start:stop] / 16).float()[:, None], torch.tensor(data.target[start:stop])
 
@@ -549,7 +549,7 @@ def trained(objective, seed, epochs, norm):
     layers = [nn.Conv2d(1, 16, 3, 2, 1), norms[0], nn.ReLU(), nn.Conv2d(16, 32, 3, 1, 1), norms[1], nn.ReLU()]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
     optimizer, random, log = torch.optim.Adam(model.parameters(), 5e-3), RandomSource(seed), []
-    x, y = digits(0, 600)
+    x, y = some_digits(0, 600)
     for _ in range(epochs):
         for rows in random.permutation(600).split(60):
             out = objective(model.train(), Batch(x[rows], y[rows], random=random))
@@ -577,7 +577,7 @@ def test_a_signed_mask_on_both_branches_leaks_the_label_and_the_default_does_not
 
 def test_guided_dropout_makes_a_network_rely_on_fewer_channels_than_alp():
     """Observation 1: fewer channels hold 90 % of |c|, and the logits lose less when the lower half is taken away."""
-    x, y = digits(600, 1200)
+    x, y = some_digits(600, 1200)
     options = {"eps": 0.15, "max_iter": 2, "lam": 2.0, "clean_weight": 0.0}
     held, lost = [], []
     for seed in range(4):

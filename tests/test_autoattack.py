@@ -432,6 +432,20 @@ def test_damaged_files_are_computed_again(trained: Any, tmp_path: Path, damage: 
     assert calls == []
 
 
+def test_files_without_their_fingerprint_serve_no_other_evaluation(trained: Any, tmp_path: Path) -> None:
+    """Images, labels, seed and generators agree here; only the network differs."""
+    model, x, y = trained
+    settings = {"version": "custom", "attacks": ["apgd-ce"]}
+    ours(model, x, y, state_dir=tmp_path, **settings)
+    (tmp_path / "fingerprint.json").unlink()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[-1].weight.mul_(0.5)  # predicts the same classes, so every batch is the same
+    fresh = ours(other, x, y, **settings)
+    assert not torch.equal(fresh.x_adv, ours(model, x, y, **settings).x_adv)
+    assert same(ours(other, x, y, state_dir=tmp_path, **settings), fresh)
+
+
 class Relit(nn.Module):
     """The same state_dict as `inner`, another function."""
 
@@ -477,7 +491,7 @@ def test_a_folder_of_another_evaluation_is_refused(trained: Any, tmp_path: Path)
     torch.set_num_threads(1)
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="state_dir: .* a file"):
+    with pytest.raises(InputError, match=r"state_dir: .* a file"):
         ours(model, x, y, **{**settings, "state_dir": tmp_path / "file"})
 
 

@@ -40,6 +40,7 @@ from art_saliency.methods.fsr import (
     remove_fsr,
 )
 from art_saliency.methods.surgery import Inserted, TokenGrid, inserted
+from art_saliency.networks import build_network
 from art_saliency.randomness import RandomSource
 from art_saliency.threat import ThreatModel
 from tests.references import fsr_reference as reference
@@ -481,8 +482,7 @@ def vgg16_bn_cifar():
 
 
 def cifar_network(name):
-    networks = pytest.importorskip("art_saliency.networks", reason="the networks are not there yet")
-    return networks.build_network(name, num_classes=10, input_shape=(3, 32, 32))
+    return build_network(name, num_classes=10, input_shape=(3, 32, 32))
 
 
 @pytest.mark.parametrize(

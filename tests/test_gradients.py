@@ -35,7 +35,7 @@ def finite_differences(function, x, step=1e-6):
         up, down = x.clone(), x.clone()
         up[place] += step
         down[place] -= step
-        gradient[place] = (float(function(up)) - float(function(down))) / (2 * step)
+        gradient[place] = (float(function(up).detach()) - float(function(down).detach())) / (2 * step)
     return gradient
 
 

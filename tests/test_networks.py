@@ -553,7 +553,7 @@ ODD: dict[str, tuple[Any, str]] = {
 def test_the_check_finds_what_is_wrong_and_leaves_the_network_as_it_was(case: str) -> None:
     last, message = ODD[case]
     network = _Odd(last).train()
-    network.norm.eval()
+    network.conv.eval()  # but BatchNorm would move
     network.conv.bias.requires_grad_(False)  # type: ignore[union-attr]
     network.fc.weight.grad = torch.ones(3, 4)
 

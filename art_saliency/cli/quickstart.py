@@ -104,7 +104,7 @@ def _one(method: str, data: Any, threat: Any, device: Any, out: Path, args: argp
         classifier,
         network=network,
         method=method,
-        settings=trainer.objective.config(),
+        settings=trainer.config(),
         data={"spec": "digits", "fingerprint": data.fingerprint()},
         history=trainer.history,
         force=args.force,

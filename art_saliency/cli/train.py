@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
     trainer_class = TRAINERS[_checks.one_of("METHOD", args.method, TRAINERS)]
     settings = {"eps": args.eps, "norm": args.norm, **_settings(args.set)}
-    trainer_class.objective_class(**_known(trainer_class, settings))  # refused before any data is read
+    trainer_class.check_parameters(settings)  # refused before any data is read
     device = pick_device(args.device)
     _checks.whole("--seed", args.seed)
     augment = None if args.augment == "none" else augmentation_by_name(args.augment)
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     classifier = make_classifier(
         model, input_shape=data.input_shape, num_classes=data.num_classes, optimizer=optimizer, device=device
     )
-    trainer = trainer_class(classifier, **settings)
+    trainer = trainer_class(classifier, **{**trainer_class.defaults_for(model), **settings})
     held_out = 0 if validation is None else len(validation[0])
     say(args, f"{args.method} on {data.name}: {len(train[0])} training images, {held_out} held out; {name}; {args.norm} eps {args.eps:g}; {device}")
     trainer.fit(
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
         classifier,
         network=network,
         method=args.method,
-        settings=trainer.objective.config(),
+        settings=trainer.config(),
         data={"spec": _spec(args.data), "root": args.data_root, "size": args.size, "fingerprint": data.fingerprint()},
         history=trainer.history,
         force=True,  # claimed above, before the work
@@ -151,13 +151,6 @@ def run(args: argparse.Namespace) -> int:
         + f". Next: art-saliency evaluate {folder}"
     )
     return 0
-
-
-def _known(trainer_class: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    from art_saliency import _checks
-
-    _checks.no_unknown("--set", settings, trainer_class.objective_class.parameter_names())
-    return settings
 
 
 def _path(name: str) -> Any:

@@ -29,16 +29,18 @@ def binomial_interval(successes: int, count: int, *, z: float = 1.96) -> tuple[f
     share = successes / count
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Exact at the ends, where rounding would leave 1e-17 below the only possible share.
+    return (0.0 if successes == 0 else centre - half), (1.0 if successes == count else centre + half)
 
 
-def _device(model: nn.Module, x: Tensor) -> torch.device:
-    return next((p.device for p in model.parameters()), x.device)
+def _like(model: nn.Module, x: Tensor) -> Tensor:
+    """:return: A tensor that lies where the network computes, in the type in which it computes."""
+    return next((p for p in model.parameters() if p.is_floating_point()), x if x.is_floating_point() else x[:0].float())
 
 
-def _pixels(x: Tensor, device: torch.device) -> Tensor:
-    x = x.to(device)
-    return x.float() / 255 if x.dtype == torch.uint8 else x
+def _pixels(x: Tensor, like: Tensor) -> Tensor:
+    x = x.to(like.device)
+    return (x.float() / 255 if x.dtype == torch.uint8 else x).to(like.dtype)
 
 
 def _checked(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,19 +52,19 @@ def _checked(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = _checks.images(x, allow_uint8=True)
     with evaluating(model), torch.no_grad():
-        classes = model(_pixels(x[:1], _device(model, x))).shape[1]
+        classes = model(_pixels(x[:1], _like(model, x))).shape[1]
     return x, _checks.labels(y, len(x), classes, soft=False)
 
 
 def _share_correct(
     model: nn.Module, x: Tensor, y: Tensor, batch_size: int, perturb: Callable[[Tensor, Tensor], Tensor]
 ) -> float:
-    device = _device(model, x)
-    correct = torch.zeros((), dtype=torch.long, device=device)
+    like = _like(model, x)
+    correct = torch.zeros((), dtype=torch.long, device=like.device)
     with evaluating(model):
         for start in range(0, len(x), batch_size):
-            images = _pixels(x[start : start + batch_size], device)
-            targets = y[start : start + batch_size].to(device)
+            images = _pixels(x[start : start + batch_size], like)
+            targets = y[start : start + batch_size].to(like.device)
             images = perturb(images, targets)
             with torch.no_grad():
                 correct += (model(images).argmax(1) == targets).sum()
@@ -103,7 +105,7 @@ def pgd_accuracy(
     :return: 0 to 1.
     """
     x, y = _checked(model, x, y)
-    random = RandomSource(seed, _device(model, x))
+    random = RandomSource(seed, _like(model, x).device)
 
     def perturb(images: Tensor, targets: Tensor) -> Tensor:
         return pgd(

@@ -160,10 +160,11 @@ def autoattack(
     _checks.whole("seed", seed)
     backend, messages, began = find_backend(), Messages(), time.perf_counter()
     with process_kept(model, backend.counter):
-        images, home = _own(_checks.images(x)).float(), _home(model, device)
+        # On the CPU, from where AutoAttack moves batches, and contiguous: it takes views.
+        images, home = _checks.images(x).cpu().float().contiguous(), _home(model, device)
         seed_everything(seed)
         logits = _logits(model, images[:batch_size].to(home))
-        targets = _checks.labels(_own(_checks.as_tensor("y", y)), len(images), logits.shape[1], soft=False)
+        targets = _checks.labels(_checks.as_tensor("y", y).cpu(), len(images), logits.shape[1], soft=False)
         plan = plan_attacks(version, attacks, logits.shape[1], square_queries)
         check_images_fit(plan, threat, images)
         record: dict[str, Any] = {
@@ -209,12 +210,6 @@ def autoattack(
         seconds=time.perf_counter() - began + calls.remembered_seconds,
         **record,
     )
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """:return: The tensor on the CPU, contiguous (AutoAttack takes views) and usable by autograd."""
-    tensor = tensor.cpu().contiguous()
-    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _home(model: nn.Module, device: torch.device | str | None) -> torch.device:

@@ -88,7 +88,7 @@ def opposing_share(clean_logits: Tensor, adv_logits: Tensor, y: Tensor) -> Tenso
     """
     The share of samples whose pairing gradient opposes their classification gradient: (p - onehot(y)) . (z - z~) < 0.
 
-    Observation 2: on these "the pairing loss is overemphasised and obstructs minimising the classification loss".
+    Observation 2: on these "the logits pairing loss is overemphasized and obstructs minimizing the classification loss".
 
     :param clean_logits: (N, K), z; p is its softmax.
     :param adv_logits: (N, K), z~.
@@ -287,10 +287,8 @@ def _guiding_pass(
         logits = model(x.detach())
         index = logits.detach().argmax(1) if guide == "predicted" else y
         score = full_precision(logits).gather(1, index[:, None]).sum()
-        inputs = [features[layer] for layer in layers]
-        gradients = (
-            torch.autograd.grad(score, inputs, allow_unused=True) if score.requires_grad else [None] * len(inputs)
-        )
+    inputs = [features[layer] for layer in layers]
+    gradients = torch.autograd.grad(score, inputs, allow_unused=True) if score.requires_grad else [None] * len(inputs)
     found = [channel_contributions(a, g) for a, g in zip(inputs, gradients, strict=True) if g is not None]
     if len(found) != len(layers):
         raise UnsupportedModelError(
@@ -322,7 +320,7 @@ def pairing_weights(
     clean_logits: Tensor, adv_logits: Tensor, y: Tensor, weighting: str = "p_y", *, normalise: bool = False
 ) -> Tensor:
     """
-    "Sample-specific training weights to balance pairing loss and classification loss" (which ones is a choice).
+    "Adaptive sample weighting" balances pairing and classification of each sample (which weights is a choice).
 
     :param clean_logits: (N, K), z.
     :param adv_logits: (N, K), z~.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -56,6 +56,10 @@ class RunOptions:
     validation_split: float = 0.0
     extensions: Sequence[Extension] = ()
     verbose: bool = True
+
+    def seeded(self) -> RunOptions:
+        """:return: These options with a seed: the one given, or one drawn from torch's global generator."""
+        return self if self.seed is not None else replace(self, seed=int(torch.randint(2**31 - 1, ())))
 
     @classmethod
     def checked(cls, where: str, given: dict[str, Any]) -> RunOptions:
@@ -113,28 +117,56 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
             )
         super().__init__(classifier)
         self._network = ClassifierNetwork(classifier)
-        self.objective = self._make_objective(parameters)
+        self.objective = self._make_objective(self.objective_class, parameters)
         self.history = History()
 
-    def _make_objective(self, parameters: dict[str, Any]) -> Objective:
-        """Build the objective, with distances brought from ``clip_values`` to [0, 1]."""
-        cls = self.objective_class
-        _checks.no_unknown(type(self).__name__, parameters, cls.parameter_names())
-        signature = inspect.signature(cls.__init__).parameters
-        for name in cls.parameter_names():
-            if signature[name].default is inspect.Parameter.empty and name not in parameters:
-                raise _checks.refuse(name, "nothing", f"a value: {type(self).__name__}(classifier, {name}=...)")
-        return cls(**{name: self._to_unit(name, value) for name, value in parameters.items()})
+    @classmethod
+    def method_name(cls) -> str:
+        """:return: What the method is called on the command line and in records."""
+        return cls.objective_class.name
 
-    def _to_unit(self, name: str, value: Any) -> Any:
+    @classmethod
+    def parameter_names(cls) -> tuple[str, ...]:
+        """:return: The constructor's keywords."""
+        return cls.objective_class.parameter_names()
+
+    @classmethod
+    def check_parameters(cls, parameters: dict[str, Any]) -> None:
+        """Refuse what the constructor would, for images in [0, 1], before there is a classifier."""
+        cls._build(cls.objective_class, parameters)
+
+    @classmethod
+    def defaults_for(cls, model: nn.Module) -> dict[str, Any]:
+        """:return: Parameters whose best default depends on the network."""
+        return {}
+
+    def config(self) -> dict[str, Any]:
+        """:return: The method's parameters, JSON-able, distances in units of [0, 1]."""
+        return self.objective.config()
+
+    @classmethod
+    def _build(cls, objective: type[Objective], parameters: dict[str, Any]) -> Objective:
+        _checks.no_unknown(cls.__name__, parameters, objective.parameter_names())
+        signature = inspect.signature(objective.__init__).parameters
+        for name in objective.parameter_names():
+            if signature[name].default is inspect.Parameter.empty and name not in parameters:
+                raise _checks.refuse(name, "nothing", f"a value: {cls.__name__}(classifier, {name}=...)")
+        return objective(**parameters)
+
+    def _make_objective(self, objective: type[Objective], parameters: dict[str, Any]) -> Objective:
+        """Build the objective, with distances brought from ``clip_values`` to [0, 1]."""
+        linf = parameters.get("norm", "Linf") == "Linf"
+        return self._build(
+            objective, {name: self._to_unit(objective, name, value, linf) for name, value in parameters.items()}
+        )
+
+    def _to_unit(self, objective: type[Objective], name: str, value: Any, linf: bool) -> Any:
         span = self._network.high - self._network.low
-        if name in self.objective_class.pixel_units and value is not None and span != 1:
-            return _checks.real(name, value, least=0, most=span if name == "eps" and self._norm_is_linf else None) / span
+        if name in objective.pixel_units and value is not None and span != 1:
+            return _checks.real(name, value, least=0, most=span if name == "eps" and linf else None) / span
         if name == "attack" and hasattr(value, "generate"):
             return _art_attack(value, self._network)
         return value
-
-    _norm_is_linf = True
 
     # --- ART's trainer contract -------------------------------------------------------------------------------------
 
@@ -167,10 +199,15 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         if validation is None and options.validation_split:
             images, targets, validation = _hold_out(images, targets, options.validation_split, options.seed or 0)
         self._check_batches(len(images), batch_size)
-        batches = ResidentBatches(
-            images, targets, batch_size=batch_size, device=self._device, augment=options.augment, **self._maps(images, targets)
-        )
-        self._train(batches, nb_epochs, scheduler, validation, options)
+        options = options.seeded()
+
+        def batches(**maps: Any) -> ResidentBatches:
+            return ResidentBatches(
+                images, targets, batch_size=batch_size, device=self._device, augment=options.augment, **maps
+            )
+
+        maps = self._maps(images, targets, batches(), nb_epochs, options)
+        self._train(batches(**maps), nb_epochs, scheduler, validation, options)
 
     def fit_generator(self, generator: Any, nb_epochs: int = 20, **kwargs: Any) -> None:
         """
@@ -188,6 +225,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         self._check_run(batch_size, nb_epochs, scheduler)
         self._check_batches(2, batch_size)
         validation = None if validation_data is None else self.prepare(*_pair(validation_data), name="validation_data")
+        options = options.seeded()
         batches = StreamedBatches(
             make, lambda x, y: self.prepare(x, y), steps_per_epoch=steps, device=self._device, augment=options.augment
         )
@@ -228,7 +266,9 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
             images = images if (low, high) == (0.0, 1.0) else ((images - low) / (high - low)).clamp_(0, 1)
         return images, targets
 
-    def _maps(self, images: Tensor, targets: Tensor) -> dict[str, Any]:
+    def _maps(
+        self, images: Tensor, targets: Tensor, batches: Batches, epochs: int, options: RunOptions
+    ) -> dict[str, Any]:
         """Per-image maps that the augmentation moves with the images, for methods that need them."""
         return {}
 
@@ -251,7 +291,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         validation: tuple[Tensor, Tensor] | None,
         options: RunOptions,
     ) -> None:
-        seed = int(torch.randint(2**31 - 1, ())) if options.seed is None else options.seed
+        assert options.seed is not None
         threat: ThreatModel | None = getattr(self.objective, "threat", None)
         extensions: list[Extension] = []
         if validation is not None:
@@ -260,7 +300,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
             extensions.append(OverfittingWatch(threat))
         extensions.extend(options.extensions)
         if options.verbose:
-            extensions.append(Progress(self.objective.name))
+            extensions.append(Progress(self.method_name()))
         self.history = History()
         train(
             self._network,
@@ -269,7 +309,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
             batches,
             epochs=epochs,
             engine=Engine(self._device, precision=options.precision),
-            seed=seed,
+            seed=options.seed,
             scheduler=scheduler,
             grad_clip=options.grad_clip,
             deterministic=options.deterministic,

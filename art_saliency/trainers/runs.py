@@ -12,6 +12,7 @@ from torch import nn
 
 from art_saliency import _checks
 from art_saliency.errors import CheckpointError
+from art_saliency.methods.fsr import fsr_layers, insert_fsr
 from art_saliency.networks import build_network
 from art_saliency.files import read_tensors, sha256_of_tensors, write_file, write_tensors
 from art_saliency.training.records import History, versions
@@ -72,12 +73,15 @@ def save(
     :raises InputError: When a run is there already and `force` is false.
     """
     path = claim_folder(folder, force=force)
+    layers = {
+        target: {"hidden": layer.hidden, "tau": layer.tau} for target, layer in fsr_layers(classifier.model).items()
+    }
     weights = {name: value.detach().cpu() for name, value in classifier.model.state_dict().items()}
     page = {
         "schema": SCHEMA,
         "method": method,
         "settings": settings,
-        "network": network,
+        "network": {**network, "fsr": layers},
         "data": data,
         "weights_sha256": sha256_of_tensors(weights),
         "versions": versions(),
@@ -137,8 +141,10 @@ def load(folder: str | Path, *, device: torch.device | str = "cpu") -> PyTorchCl
     if sha256_of_tensors(weights) != page["weights_sha256"]:
         raise CheckpointError(f"{folder}: weights.pt is not the file that run.json names (its hash differs); copy both again")
     network = dict(page["network"])
-    name, shape = network.pop("name"), tuple(network.pop("input_shape"))
+    name, shape, layers = network.pop("name"), tuple(network.pop("input_shape")), network.pop("fsr", {})
     model = build_network(name, input_shape=shape, **network)
+    for target, settings in layers.items():
+        insert_fsr(model, target, network["num_classes"], torch.rand(2, *shape), **settings)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

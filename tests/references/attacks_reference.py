@@ -41,13 +41,13 @@ def margin(logits: Tensor, label: int) -> Tensor:
     wrong = [logits[k] for k in range(len(logits)) if k != label]
     best = wrong[0]
     for other in wrong[1:]:
-        best = other if float(other) > float(best) else best
+        best = other if bool(other > best) else best
     return best - logits[label]
 
 
 def dlr(logits: Tensor, label: int) -> Tensor:
     """-(z_y - max_{k != y} z_k) / (z_pi1 - z_pi3), pi the classes in falling order of their logits."""
-    order = sorted(range(len(logits)), key=lambda k: -float(logits[k]))
+    order = sorted(range(len(logits)), key=lambda k: -float(logits.detach()[k]))
     return margin(logits, label) / (logits[order[0]] - logits[order[2]])
 
 

@@ -1,0 +1,134 @@
+"""Feature separation and recalibration as an ART trainer: the network gains a layer, and any method trains it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from art.estimators.classification import PyTorchClassifier
+from torch import nn
+
+from art_saliency import _checks
+from art_saliency.methods import OBJECTIVES
+from art_saliency.methods.base import Objective
+from art_saliency.methods.baselines import PGDAT
+from art_saliency.methods.fsr import FSRLayer, insert_fsr
+from art_saliency.trainers.base import ObjectiveTrainer
+from art_saliency.trainers.network import check_trainable
+
+__all__ = ["FSRTrainer"]
+
+_LAYER = ("hidden", "tau", "zero_init", "lambda_sep", "lambda_rec")
+
+
+class FSRTrainer(ObjectiveTrainer):
+    """
+    Feature separation and recalibration (Kim et al., CVPR 2023) on top of any training method.
+
+    The constructor inserts the layer into the classifier's model and gives its parameters to the optimizer, in a group that
+    copies the first one's settings: build a scheduler object afterwards.
+
+    :param classifier: With an optimizer and ``clip_values``.
+    :param target: The dotted name of the submodule behind which the layer is put; it must put out (N, C, H, W).
+    :param base: The method that trains the network: a name such as ``"pgd-at"``, ``"trades"``, ``"mart"``, or an objective
+        (whose distances are in units of [0, 1]).
+    :param hidden: Width of the layer's two networks. :param tau: Temperature of its mask.
+    :param zero_init: Whether the layer is the identity at first. :param lambda_sep: Weight of the separation loss.
+    :param lambda_rec: Weight of the recalibration loss.
+    :param parameters: The base method's, by keyword; ``eps`` in units of ``clip_values``.
+    """
+
+    objective_class = PGDAT
+
+    def __init__(
+        self,
+        classifier: PyTorchClassifier,
+        target: str = "layer4",
+        base: str | Objective = "pgd-at",
+        *,
+        hidden: int = 64,
+        tau: float = 0.1,
+        zero_init: bool = False,
+        lambda_sep: float = 1.0,
+        lambda_rec: float = 1.0,
+        **parameters: Any,
+    ) -> None:
+        self._base = base
+        if isinstance(base, Objective) and parameters:
+            _checks.no_unknown(type(self).__name__, parameters, _LAYER)
+        super().__init__(classifier, **parameters)
+        check_trainable(self._network, classifier)
+        self.target = target
+        example = torch.rand(2, *classifier.input_shape, device=classifier.device)
+        insert_fsr(
+            classifier.model,
+            target,
+            classifier.nb_classes,
+            example * (self._network.high - self._network.low) + self._network.low,
+            hidden=hidden,
+            tau=tau,
+            zero_init=zero_init,
+            lambda_sep=lambda_sep,
+            lambda_rec=lambda_rec,
+        )
+        self._layer_config = {"hidden": hidden, "tau": tau, "zero_init": zero_init, "lambda_sep": lambda_sep, "lambda_rec": lambda_rec}
+        _add_parameters(classifier)
+
+    @classmethod
+    def method_name(cls) -> str:
+        """:return: ``"fsr"``."""
+        return "fsr"
+
+    @classmethod
+    def parameter_names(cls) -> tuple[str, ...]:
+        """:return: The layer's keywords; the base method's come on top."""
+        return ("target", "base", *_LAYER)
+
+    @classmethod
+    def check_parameters(cls, parameters: dict[str, Any]) -> None:
+        """Refuse what the constructor would, before there is a classifier."""
+        own = {name: value for name, value in parameters.items() if name in cls.parameter_names()}
+        base = own.get("base", "pgd-at")
+        cls._build(_base_class(base), {name: value for name, value in parameters.items() if name not in own})
+        FSRLayer(1, 2, **{name: own[name] for name in _LAYER if name in own})
+
+    @classmethod
+    def defaults_for(cls, model: nn.Module) -> dict[str, Any]:
+        """:return: The last stage of this package's networks, where the paper's own networks have the layer."""
+        stages = getattr(model, "stages", None)
+        return {"target": stages[-1]} if stages else {}
+
+    def config(self) -> dict[str, Any]:
+        """:return: The layer's parameters and the base method's."""
+        return {"target": self.target, "base": self.objective.name, **self._layer_config, **self.objective.config()}
+
+    def _make_objective(self, objective: type[Objective], parameters: dict[str, Any]) -> Objective:
+        if isinstance(self._base, Objective):
+            return self._base
+        return super()._make_objective(_base_class(self._base), parameters)
+
+    def _check_run(self, batch_size: int, nb_epochs: int, scheduler: Any) -> None:
+        super()._check_run(batch_size, nb_epochs, scheduler)
+        rates = getattr(scheduler, "base_lrs", None)
+        if rates is not None and len(rates) != len(self._classifier.optimizer.param_groups):
+            raise _checks.refuse(
+                "scheduler",
+                f"one for {len(rates)} parameter groups",
+                f"one for {len(self._classifier.optimizer.param_groups)}",
+                "build it after FSRTrainer, which adds the FSR layer's group to the optimizer",
+            )
+
+
+def _base_class(base: str) -> type[Objective]:
+    return OBJECTIVES[_checks.one_of("base", base, OBJECTIVES)]
+
+
+def _add_parameters(classifier: PyTorchClassifier) -> None:
+    """Give the parameters that the optimizer does not know to it, with the settings of its first group."""
+    optimizer = classifier.optimizer
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    new = [parameter for parameter in classifier.model.parameters() if id(parameter) not in known and parameter.requires_grad]
+    first = {key: value for key, value in optimizer.param_groups[0].items() if key not in ("params", "initial_lr")}
+    optimizer.add_param_group({**first, "params": new})
+
+
