@@ -595,3 +595,10 @@ def test_guided_dropout_makes_a_network_rely_on_fewer_channels_than_alp():
         assert float(fewer.mean()) > errors * standard_error, figures
     # Of the second, which is what the pairing with masked features asks for, the seeds' ranges do not even touch.
     assert min(lost[0::2]) > max(lost[1::2]), lost
+
+
+def test_a_leaking_mask_is_said_and_a_clean_one_is_not():
+    objective = AALP(eps=0.1)
+    assert "tells the label" in objective.epoch_warnings({"ce_clean": 0.006, "ce_unmasked": 1.376})[0]
+    assert objective.epoch_warnings({"ce_clean": 0.074, "ce_unmasked": 0.184}) == []
+    assert objective.epoch_warnings({"ce_clean": 0.5}) == []

@@ -72,7 +72,9 @@ def trained(digits, tiny_network):
     """A network that is right on most digits and easily fooled, with BatchNorm and dropout, in train mode."""
     torch.manual_seed(0)
     network = tiny_network()
-    model = nn.Sequential(network[0], nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.1), nn.Flatten(), nn.Linear(8 * 36, 10))
+    model = nn.Sequential(
+        network[0], nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.1), nn.Flatten(), nn.Linear(8 * 36, 10)
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     x, y = digits[0][:400], digits[1][:400]
     for _ in range(25):
@@ -108,7 +110,12 @@ def test_arrays_uint8_one_hot_and_other_types_give_the_same_figure(trained, samp
     x, y = sample
     x = (x * 255).round() / 255
     expected = accuracy(trained, x, y)
-    for images in (x.numpy(), (x * 255).round().to(torch.uint8), (x * 255).round().numpy().astype(np.uint8), x.tolist()):
+    for images in (
+        x.numpy(),
+        (x * 255).round().to(torch.uint8),
+        (x * 255).round().numpy().astype(np.uint8),
+        x.tolist(),
+    ):
         assert accuracy(trained, images, y) == expected
     for labels in (y.numpy(), y.tolist(), y[:, None], F.one_hot(y, 10), F.one_hot(y, 10).double().numpy()):
         assert accuracy(trained, x, labels) == expected
@@ -193,7 +200,9 @@ def test_modes_come_back_after_an_exception(sample):
 
 def measures():
     return pytest.mark.parametrize(
-        "measure", [accuracy, lambda *args, **options: pgd_accuracy(*args, threat=LINF, max_iter=1, **options)], ids=["clean", "pgd"]
+        "measure",
+        [accuracy, lambda *args, **options: pgd_accuracy(*args, threat=LINF, max_iter=1, **options)],
+        ids=["clean", "pgd"],
     )
 
 
@@ -217,9 +226,9 @@ def test_images_outside_the_range_are_refused(trained, sample, measure):
     x, y = sample
     with pytest.raises(InputError, match=r"^x: got values from 0 to 255, expected values in \[0, 1\]; divide by 255$"):
         measure(trained, x * 255, y)
-    with pytest.raises(InputError, match="^x: got an empty set, expected at least one image$"):
+    with pytest.raises(InputError, match=r"^x: got an empty set, expected at least one image$"):
         measure(trained, x[:0], y[:0])
-    with pytest.raises(InputError, match="^batch_size: got 0, expected a whole number, 1 <= batch_size$"):
+    with pytest.raises(InputError, match=r"^batch_size: got 0, expected a whole number, 1 <= batch_size$"):
         measure(trained, x, y, batch_size=0)
 
 

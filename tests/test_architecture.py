@@ -293,7 +293,9 @@ def calls(tree):
 
 @every_file
 def test_only_the_command_line_prints(name):
-    printed = [node.lineno for node in calls(TREES[name]) if isinstance(node.func, ast.Name) and node.func.id == "print"]
+    printed = [
+        node.lineno for node in calls(TREES[name]) if isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
     assert not printed or part(name) == "cli"
 
 
@@ -306,7 +308,9 @@ def is_text_access_in_the_locales_encoding(node):
         return len(node.args) < (2 if method == "write_text" else 1)
     modes = [word.value for word in (*node.args, *(k.value for k in node.keywords)) if isinstance(word, ast.Constant)]
     modes = [mode for mode in modes if isinstance(mode, str) and set(mode) <= set("rwxabt+") and mode]
-    if method == "open":  # other objects have an `open` too (images, archives): a mode, or nothing at all, gives it away
+    if (
+        method == "open"
+    ):  # other objects have an `open` too (images, archives): a mode, or nothing at all, gives it away
         return bool(modes or not node.args) and not any("b" in mode for mode in modes)
     return isinstance(node.func, ast.Name) and node.func.id == "open" and not any("b" in mode for mode in modes)
 

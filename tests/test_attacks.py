@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -58,7 +59,9 @@ def test_losses_by_hand():
     assert margin(logits, y).tolist() == [2 - 4, 4 - -1, 0]
     assert dlr(logits, y).tolist()[:2] == pytest.approx([-(4 - 2) / (4 - 1), -(-1 - 4) / (4 - 1)])
     total = sum(math.exp(z) for z in (4, 1, 2, -1))
-    assert cross_entropy(logits, y).tolist() == pytest.approx([-math.log(math.exp(z) / total) for z in (4, -1)] + [math.log(4)])
+    assert cross_entropy(logits, y).tolist() == pytest.approx(
+        [-math.log(math.exp(z) / total) for z in (4, -1)] + [math.log(4)]
+    )
     one_hot = F.one_hot(y, 4).float()
     for loss in LOSSES.values():
         assert loss(logits, y).shape == (3,)
@@ -102,7 +105,7 @@ def test_dlr_of_three_tied_logits_is_finite():
 def test_two_classes_have_a_margin_but_no_dlr():
     logits = torch.tensor([[1.0, 3.0]])
     assert margin(logits, torch.tensor([0])).tolist() == [2]
-    with pytest.raises(InputError, match="^dlr: got 2 classes, expected at least 3; use the margin loss$"):
+    with pytest.raises(InputError, match=r"^dlr: got 2 classes, expected at least 3; use the margin loss$"):
         dlr(logits, torch.tensor([0]))
 
 
@@ -117,7 +120,7 @@ def test_losses_by_name_or_function():
     for name, loss in LOSSES.items():
         assert attack_loss(name) is loss
     assert attack_loss(max) is max
-    with pytest.raises(InputError, match="^loss: got 'ce', expected one of 'cross-entropy', 'margin', 'dlr'"):
+    with pytest.raises(InputError, match=r"^loss: got 'ce', expected one of 'cross-entropy', 'margin', 'dlr'"):
         attack_loss("ce")
 
 
@@ -132,7 +135,9 @@ SLOW_LOSSES = {"cross-entropy": reference.cross_entropy, "margin": reference.mar
 def test_pgd_equals_the_slow_oracle(norm, loss, network):
     model, (x, y) = network(), batch(classes=2)
     with torch.no_grad():
-        model[-1].bias[2:] -= 5  # the true class stays among the two highest: with it third, DLR is constant, its gradient rounding
+        model[-1].bias[2:] -= (
+            5  # the true class stays among the two highest: with it third, DLR is constant, its gradient rounding
+        )
     threat = ThreatModel(norm, 0.08 if norm == "Linf" else 0.5)
     options = {"eps_step": 0.3 * threat.eps, "max_iter": 4}
     start = threat.random_start(x, RandomSource(3))
@@ -268,7 +273,7 @@ def test_more_steps_and_a_wider_ball_never_lose_on_a_linear_model_from_the_clean
 
     by_steps = [scores(0.1, steps) for steps in range(8)]
     by_radius = [scores(eps, 20) for eps in (0.0, 0.05, 0.1, 0.2, 0.3)]
-    for low, high in (*zip(by_steps, by_steps[1:], strict=False), *zip(by_radius, by_radius[1:], strict=False)):
+    for low, high in (*pairwise(by_steps), *pairwise(by_radius)):
         assert bool((high >= low - 1e-9).all())
     assert bool((by_steps[-1] > by_steps[0]).all())
 
@@ -310,7 +315,7 @@ def test_restarts_keep_the_worst_of_each_sample(norm, loss):
     for restarts in (1, 2, 3, 4):
         result = pgd(model, x, y, threat=threat, restarts=restarts, random=RandomSource(9), **options)
         for i in range(12):
-            best = max(range(restarts), key=lambda k: rank(runs[k], i))  # noqa: B023
+            best = max(range(restarts), key=lambda k: rank(runs[k], i))
             chosen.add(best)
             assert torch.equal(result[i], runs[best][i])
             if previous is not None:
@@ -413,7 +418,7 @@ def test_every_attack_stays_in_ball_and_range(norm, eps, eps_step, max_iter, res
     assert result.dtype == dtype
     assert not result.requires_grad
     assert float(threat.distance(result, x).max()) <= eps + (1e-6 if dtype == torch.float32 else 1e-12)
-    assert 0 <= float(result.min())
+    assert float(result.min()) >= 0
     assert float(result.max()) <= 1
 
 

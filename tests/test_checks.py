@@ -48,7 +48,7 @@ def test_real_says_what_it_got_and_what_it_expected(value, bounds, message):
 
 
 def test_real_refuses_a_number_beyond_every_float_and_a_tensor():
-    with pytest.raises(InputError, match="^eps: got 1000.*, expected a finite number$"):
+    with pytest.raises(InputError, match=r"^eps: got 1000.*, expected a finite number$"):
         _checks.real("eps", 10**400)
     with pytest.raises(InputError, match=r"^eps: got tensor\(0.1000\), expected a finite number$"):
         _checks.real("eps", torch.tensor(0.1))
@@ -105,7 +105,13 @@ def test_flag_refuses_what_merely_looks_true(value):
 
 def test_names_are_checked_and_a_close_one_is_suggested():
     assert _checks.one_of("norm", "L2", ("Linf", "L2")) == "L2"
-    refused("norm: got 'linf', expected one of 'Linf', 'L2'; did you mean 'Linf'?", _checks.one_of, "norm", "linf", ["Linf", "L2"])
+    refused(
+        "norm: got 'linf', expected one of 'Linf', 'L2'; did you mean 'Linf'?",
+        _checks.one_of,
+        "norm",
+        "linf",
+        ["Linf", "L2"],
+    )
     refused("norm: got 'xyz', expected one of 'Linf', 'L2'", _checks.one_of, "norm", "xyz", ("Linf", "L2"))
     refused("norm: got 2, expected one of 'Linf', 'L2'; did you mean 'L2'?", _checks.one_of, "norm", 2, ("Linf", "L2"))
     refused("norm: got [], expected one of 'Linf', 'L2'", _checks.one_of, "norm", [], ("Linf", "L2"))  # no hash
@@ -132,7 +138,9 @@ def test_unknown_keywords_are_named_and_known_ones_pass():
 
 def test_an_optional_package_is_imported_or_its_extra_is_named(tmp_path, monkeypatch):
     assert _checks.optional("json", "eval", "x") is sys.modules["json"]
-    message = "Drawing needs the package 'no_such_package', which is not installed; run: pip install 'art-saliency[eval]'"
+    message = (
+        "Drawing needs the package 'no_such_package', which is not installed; run: pip install 'art-saliency[eval]'"
+    )
     refused(message, _checks.optional, "no_such_package.part", "eval", "Drawing", error=MissingDependencyError)
 
     # A package that is there but lacks something of its own: its message says what, ours would send the user astray.
@@ -148,7 +156,17 @@ def test_an_optional_package_is_imported_or_its_extra_is_named(tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     "value",
-    [None, "text", {"a": 1}, object(), [[1, 2], [3]], np.array(["1"]), np.array([1 + 2j]), np.array([None]), torch.zeros(2) * 1j],
+    [
+        None,
+        "text",
+        {"a": 1},
+        object(),
+        [[1, 2], [3]],
+        np.array(["1"]),
+        np.array([1 + 2j]),
+        np.array([None]),
+        torch.zeros(2) * 1j,
+    ],
     ids=["none", "text", "dict", "object", "ragged", "strings", "complex", "objects", "complex-tensor"],
 )
 def test_what_is_no_array_of_real_numbers_is_refused(value):
@@ -211,8 +229,16 @@ def test_good_images_pass_unchanged_in_value():
 
 BAD_IMAGES = {
     "rank-2": (GOOD[0, 0], {}, r"shape \(4, 5\), expected 4 axes, \(N, C, H, W\); reshape it to images"),
-    "rank-3": (GOOD[:, 0], {}, r"shape \(2, 4, 5\), expected 4 axes, \(N, C, H, W\); add the channel axis: x\[:, None\]"),
-    "rank-5": (GOOD[None], {"shape": (3, 4, 5)}, r"shape \(1, 2, 3, 4, 5\), expected 4 axes, \(N, 3, 4, 5\); reshape it .*"),
+    "rank-3": (
+        GOOD[:, 0],
+        {},
+        r"shape \(2, 4, 5\), expected 4 axes, \(N, C, H, W\); add the channel axis: x\[:, None\]",
+    ),
+    "rank-5": (
+        GOOD[None],
+        {"shape": (3, 4, 5)},
+        r"shape \(1, 2, 3, 4, 5\), expected 4 axes, \(N, 3, 4, 5\); reshape it .*",
+    ),
     "scalar": (0.5, {}, r"shape \(\), expected 4 axes, .*"),
     "empty": (GOOD[:0], {}, "an empty set, expected at least one image"),
     "no-pixels": (GOOD[:, :, :0], {}, r"shape \(2, 3, 0, 5\), expected images that have pixels"),
@@ -227,7 +253,11 @@ BAD_IMAGES = {
     "inf": (put(-np.inf, (0, 0, 0, 0)), {}, "NaN or Inf in image 0, expected finite pixels; remove or repair it"),
     "bool": (GOOD > 0.5, {}, "dtype torch.bool, expected real numbers"),
     "too-high": (put(1.00001), {}, r"values from 0 to 1.00001, expected values in \[0, 1\]; divide by 255"),
-    "too-low": (put(-0.001), {}, r"values from -0.001 to 1, expected values in \[0, 1\]; put the mean .* into the network.*"),
+    "too-low": (
+        put(-0.001),
+        {},
+        r"values from -0.001 to 1, expected values in \[0, 1\]; put the mean .* into the network.*",
+    ),
     "0-to-255": (GOOD * 255, {}, r"values from 0 to 255, expected values in \[0, 1\]; divide by 255"),
     "uint8": ((GOOD * 255).astype(np.uint8), {}, r"values from 0 to 255, expected values in \[0, 1\]; divide by 255"),
     "0-to-256": (GOOD * 256, {"high": 255.0}, r"values from 0 to 256, expected values in \[0, 255\]"),
@@ -269,7 +299,7 @@ def test_a_large_set_is_checked_to_its_last_image_in_chunks(bad, monkeypatch):
     with pytest.raises(InputError, match=f"NaN or Inf in image {bad},"):
         _checks.images(x)
     x[bad, 0, 3, 3] = 3
-    with pytest.raises(InputError, match="values from .* to 3, expected"):
+    with pytest.raises(InputError, match=r"values from .* to 3, expected"):
         _checks.images(x)
 
 
@@ -331,8 +361,14 @@ BAD_LABELS = {
     "no-columns": (ONE_HOT[:, :0], "an empty set, expected at least one label"),
     "logits": (ONE_HOT * 5 - 1, "rows that are not probabilities, expected rows of at least 0 that sum to 1"),
     "two-hot": (ONE_HOT + ONE_HOT[::-1], "rows that are not probabilities, expected rows of at least 0 that sum to 1"),
-    "empty-row": (ONE_HOT * [[1], [0], [1]], "rows that are not probabilities, expected rows of at least 0 that sum to 1"),
-    "negative-row": ([[1.5, -0.5, 0, 0]] * 3, "rows that are not probabilities, expected rows of at least 0 that sum to 1"),
+    "empty-row": (
+        ONE_HOT * [[1], [0], [1]],
+        "rows that are not probabilities, expected rows of at least 0 that sum to 1",
+    ),
+    "negative-row": (
+        [[1.5, -0.5, 0, 0]] * 3,
+        "rows that are not probabilities, expected rows of at least 0 that sum to 1",
+    ),
     "complex": (torch.zeros(3) * 1j, "dtype torch.complex64, expected real numbers"),
     "text": (["cat", "dog", "cat"], r"list \(dtype <U3\), expected an array or tensor of numbers"),
 }

@@ -170,7 +170,7 @@ def test_a_disk_that_fills_up_while_torch_closes_its_archive_is_a_checkpoint_err
         torch.save({"a": torch.zeros(1000)}, Full())
     with pytest.raises(CheckpointError, match=os.strerror(errno.ENOSPC)):
         write_file(tmp_path / "a", lambda _: torch.save({"a": torch.zeros(1000)}, Full()))
-    with pytest.raises(RuntimeError, match="^not about the disk$"):
+    with pytest.raises(RuntimeError, match=r"^not about the disk$"):
         write_file(tmp_path / "a", lambda _: (_ for _ in ()).throw(RuntimeError("not about the disk")))
     assert listing(tmp_path) == []
 
@@ -262,7 +262,9 @@ def test_code_in_a_file_is_refused_and_not_executed(tmp_path, form):
     assert exploded.exists()  # the bomb was live
 
 
-@pytest.mark.parametrize("content", [nn.Linear(2, 2), {"model": nn.Linear(2, 2)}, {"f": print}], ids=["module", "nested", "function"])
+@pytest.mark.parametrize(
+    "content", [nn.Linear(2, 2), {"model": nn.Linear(2, 2)}, {"f": print}], ids=["module", "nested", "function"]
+)
 def test_whole_modules_and_functions_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "weights.pt")
     with pytest.raises(CheckpointError, match=DAMAGED):

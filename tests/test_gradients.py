@@ -74,7 +74,9 @@ def test_with_create_graph_a_penalty_on_the_gradient_can_be_differentiated_by_th
     torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("options", "alive"), [({}, False), ({"retain_graph": True}, True), ({"create_graph": True}, True)])
+@pytest.mark.parametrize(
+    ("options", "alive"), [({}, False), ({"retain_graph": True}, True), ({"create_graph": True}, True)]
+)
 def test_the_forward_pass_is_kept_only_when_asked(options, alive):
     model, x = smooth_network(), images().requires_grad_(True)
     score = model(x).square().sum()
@@ -151,7 +153,7 @@ def test_without_ties_the_mask_is_the_oracles_and_needs_no_luck():
         kept = round(share * 30)
         expected = torch.zeros(4, 30)
         for i, values in enumerate(scores.flatten(1).tolist()):
-            for place in sorted(range(30), key=lambda k: -values[k])[:kept]:  # noqa: B023
+            for place in sorted(range(30), key=lambda k: -values[k])[:kept]:
                 expected[i, place] = 1
         for seed in range(3):
             assert torch.equal(top_share_mask(scores, share, RandomSource(seed)).flatten(1), expected)
@@ -190,7 +192,7 @@ def test_mask_is_cut_from_the_graph_and_does_not_alter_the_scores():
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), None])
 def test_a_share_outside_0_to_1_is_refused(share):
-    with pytest.raises(InputError, match="^share: got .* 0 <= share <= 1$"):
+    with pytest.raises(InputError, match=r"^share: got .* 0 <= share <= 1$"):
         top_share_mask(torch.zeros(1, 1, 2, 2), share)
 
 
@@ -244,7 +246,9 @@ def test_the_derivative_of_the_cosine_is_that_of_finite_differences(scale):
     torch.testing.assert_close(
         gradients[0] * scale, finite_differences(lambda v: cosine(v * scale, b).sum(), a), atol=1e-8, rtol=1e-6
     )
-    torch.testing.assert_close(gradients[1], finite_differences(lambda v: cosine(a * scale, v).sum(), b), atol=1e-8, rtol=1e-6)
+    torch.testing.assert_close(
+        gradients[1], finite_differences(lambda v: cosine(a * scale, v).sum(), b), atol=1e-8, rtol=1e-6
+    )
 
 
 def test_the_derivative_in_float32_keeps_its_digits_where_squares_vanish():

@@ -11,7 +11,7 @@ from torch import nn
 from art_saliency.modes import batch_statistics_kept, evaluating, frozen, modes_kept, training
 
 
-class Interrupted(Exception):
+class StopHereError(Exception):
     pass
 
 
@@ -47,8 +47,8 @@ def test_every_submodule_gets_its_own_mode_back(context, raises):
             for module in (*model.modules(), *other.modules()):
                 module.training = not module.training
             if raises:
-                raise Interrupted
-    except Interrupted:
+                raise StopHereError
+    except StopHereError:
         assert raises
     assert flags(model) == before
     assert flags(other) == other_before
@@ -102,8 +102,8 @@ def test_frozen_gives_each_parameter_its_own_flag_back_and_touches_no_gradient(r
             model(x).sum().backward()  # the images still get theirs
             assert x.grad is not None
             if raises:
-                raise Interrupted
-    except Interrupted:
+                raise StopHereError
+    except StopHereError:
         assert raises
     assert [parameter.requires_grad for parameter in parameters] == before
     assert torch.equal(parameters[1].grad, torch.ones_like(parameters[1]))
@@ -126,8 +126,8 @@ def test_statistics_stand_still_inside_and_move_again_afterwards(raises):
             model(x + 1)
             model(2 * x)
             if raises:
-                raise Interrupted
-    except Interrupted:
+                raise StopHereError
+    except StopHereError:
         assert raises
     for name, value in model.named_buffers():
         assert torch.equal(value, before[name]), name
@@ -180,4 +180,6 @@ def test_nested_and_several_networks():
     after = buffers(model), buffers(other)
     for old, new in zip(before, after, strict=True):
         assert all(torch.equal(old[name], new[name]) for name in old)
-    assert [m.track_running_stats for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] == tracking
+    assert [
+        m.track_running_stats for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    ] == tracking

@@ -61,7 +61,7 @@ def test_shape_dtype_and_range(dtype):
     for drawn in (source.uniform(like), uniform(like, source), uniform(like), normal(like, source), normal(like)):
         assert drawn.shape == like.shape
         assert drawn.dtype == dtype
-    assert 0 <= float(source.uniform(like).min())
+    assert float(source.uniform(like).min()) >= 0
     assert float(source.uniform(like).max()) < 1
     assert sorted(source.permutation(50).tolist()) == list(range(50))
 

@@ -36,7 +36,9 @@ def parse(text):
     return [[cell.strip().replace("\\|", "|") for cell in row] for row in (rows[0], *rows[2:])], rows[1]
 
 
-CELL = st.text(st.characters(codec="ascii", categories=("L", "N", "P", "S", "Zs"), exclude_characters="\\"), max_size=8).map(str.strip)
+CELL = st.text(
+    st.characters(codec="ascii", categories=("L", "N", "P", "S", "Zs"), exclude_characters="\\"), max_size=8
+).map(str.strip)
 
 
 @given(st.integers(1, 4).flatmap(lambda n: st.lists(st.lists(CELL, min_size=n, max_size=n), min_size=1, max_size=4)))

@@ -81,7 +81,7 @@ def test_projection_lands_in_ball_and_range_and_then_stays(norm, eps, seed, expo
     rounding = 1e-6 if dtype == torch.float32 else 1e-12
     assert result.dtype == dtype
     assert float(threat.distance(result, x).max()) <= eps + rounding
-    assert 0 <= float(result.min())
+    assert float(result.min()) >= 0
     assert float(result.max()) <= 1
     torch.testing.assert_close(threat.project(result, x), result, atol=rounding, rtol=0)
 
@@ -125,7 +125,7 @@ def test_starts_are_inside(norm, eps, seed):
     threat, x = ThreatModel(norm, eps), images(seed, dtype=torch.float32)
     start = threat.random_start(x, RandomSource(seed))
     assert float(threat.distance(start, x).max()) <= eps + 1e-6
-    assert 0 <= float(start.min())
+    assert float(start.min()) >= 0
     assert float(start.max()) <= 1
 
 
@@ -186,7 +186,9 @@ def test_the_step_of_a_zero_gradient_is_zero_and_leaves_its_neighbours_alone(nor
     direction = threat.ascent_direction(gradient)
     assert not direction[2].any()
     for i in (0, 1, 3):
-        assert direction[i].flatten().tolist() == pytest.approx(reference.step(gradient[i].flatten().tolist(), norm=norm))
+        assert direction[i].flatten().tolist() == pytest.approx(
+            reference.step(gradient[i].flatten().tolist(), norm=norm)
+        )
 
 
 @both_norms

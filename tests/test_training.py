@@ -189,6 +189,18 @@ def test_every_term_is_logged_as_its_mean_over_the_images(engine, digits):
     assert history[0]["counter"] == pytest.approx(sum(v * n for v, n in seen) / sum(n for _, n in seen))
 
 
+class Worries(Standard):
+    def epoch_warnings(self, record):
+        assert record["ce_clean"] == pytest.approx(record["loss"])
+        return ["something is off"]
+
+
+def test_what_an_objective_worries_about_is_said_once(engine, digits):
+    with pytest.warns(UserWarning, match="epoch 0: something is off") as caught:
+        run(engine, digits, objective=Worries(), epochs=3)
+    assert len([w for w in caught if "something is off" in str(w.message)]) == 1
+
+
 class AddsALoss(nn.Module):
     """A network that adds a loss of its own, as FSR layers do."""
 

@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 
 from art_saliency._version import __version__
-from art_saliency.cli import evaluate, quickstart, train
+from art_saliency.cli import compare, evaluate, methods, quickstart, train
 from art_saliency.errors import ArtSaliencyError
 
 __all__ = ["main", "make_parser"]
 
-_COMMANDS = (quickstart, train, evaluate)
+_COMMANDS = (quickstart, train, evaluate, compare, methods)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from art_saliency.cli._common import add_run_options, fraction, pick_device, say
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
     model = build_network(name, **{key: value for key, value in network.items() if key != "name"})
     if args.weights:
-        _load_weights(model, read_tensors(_path(args.weights)), args.weights)
+        _load_weights(model, read_tensors(Path(args.weights)), args.weights)
     optimizer = _optimizer(model, args, name)
     classifier = make_classifier(
         model, input_shape=data.input_shape, num_classes=data.num_classes, optimizer=optimizer, device=device
@@ -138,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
         network=network,
         method=args.method,
         settings=trainer.config(),
-        data={"spec": _spec(args.data), "root": args.data_root, "size": args.size, "fingerprint": data.fingerprint()},
+        data={"spec": spec_of(args.data), "root": args.data_root, "size": args.size, "fingerprint": data.fingerprint()},
         history=trainer.history,
         force=True,  # claimed above, before the work
     )
@@ -153,16 +154,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _path(name: str) -> Any:
-    from pathlib import Path
-
-    return Path(name)
-
-
-def _spec(data: str) -> str:
+def spec_of(data: str) -> str:
     """A file's or folder's absolute path, so that ``evaluate`` finds it from anywhere; a name as it is."""
-    from pathlib import Path
-
     return str(Path(data).resolve()) if Path(data).exists() else data
 
 

@@ -17,11 +17,12 @@ def _cell(value: object) -> str:
     return " ".join(str(value).replace("|", "\\|").splitlines())
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]], *, left: int = 1) -> str:
     """
-    A Markdown table, columns aligned: the first to the left, the others to the right.
+    A Markdown table, columns aligned: the first `left` ones to the left, the others to the right.
 
     :param header: The columns' names. :param rows: As many cells each.
+    :param left: How many columns are text.
     :return: Its lines, joined.
     """
     cells = [[_cell(value) for value in row] for row in (header, *rows)]
@@ -29,10 +30,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 
     def line(row: Sequence[str]) -> str:
         padded = [
-            cell.ljust(width) if i == 0 else cell.rjust(width)
+            cell.ljust(width) if i < left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         return "| " + " | ".join(padded) + " |"
 
-    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    rule = "|" + "|".join("-" * (w + 2) if i < left else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
     return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])

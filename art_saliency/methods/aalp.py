@@ -7,7 +7,7 @@ with both off it *is* ALP.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -487,6 +487,16 @@ class AALP(ALP):
         terms["logit_norm"] = full_precision(clean_logits.detach()).norm(dim=1).mean()
         terms["opposing"] = opposing_share(clean_logits, adv_logits, batch.y)
         return LossTerms(loss, adv_logits, terms)
+
+    def epoch_warnings(self, record: Mapping[str, Any]) -> list[str]:
+        """:return: A sentence when the mask has begun to tell the network the label, see :func:`mask_leak`."""
+        masked, unmasked = record.get("ce_clean"), record.get("ce_unmasked")
+        if masked is None or unmasked is None or not mask_leak(masked, unmasked):
+            return []
+        return [
+            f"aalp: the clean cross-entropy is {masked:.3f} with Guided Dropout's mask and {unmasked:.3f} without it: the mask tells "
+            f"the label, and the network that is deployed has none. Lower rate, or set guide='predicted'"
+        ]
 
     def guided_layers(self, model: nn.Module, x: Tensor) -> list[str]:
         """

@@ -102,6 +102,15 @@ class Objective(nn.Module):
         """:return: Constructor arguments, JSON-able; a callable is written as ``{"callable": its name}`` and cannot be read back."""
         return {name: _plain(getattr(self, name)) for name in self.parameter_names()}
 
+    def epoch_warnings(self, record: Mapping[str, Any]) -> list[str]:
+        """
+        What an epoch's figures should make the user worry about.
+
+        :param record: The epoch's means, every term by name.
+        :return: Sentences; each is given as a warning once a run. None by default.
+        """
+        return []
+
     def adaptive_variants(self) -> Mapping[str, Callable[..., Any]]:
         """:return: Attacks or model copies made for this method, by name, for the audit to try. None by default."""
         return {}

@@ -34,7 +34,7 @@ from art_saliency.perturbation_saliency import (
     salient_mask,
 )
 from art_saliency.randomness import RandomSource, uniform
-from art_saliency.threat import ThreatModel
+from art_saliency.threat import NORMS, ThreatModel
 
 __all__ = [
     "DIRECTIONS",
@@ -195,7 +195,7 @@ class JSIGR(Objective):
     ) -> None:
         super().__init__()
         self.threat = None if eps is None else ThreatModel(norm, eps)
-        self.eps, self.norm = None if self.threat is None else self.threat.eps, norm
+        self.eps, self.norm = None if self.threat is None else self.threat.eps, _checks.one_of("norm", norm, NORMS)
         self.lambda_j = _checks.real("lambda_j", lambda_j, least=0)
         self.lambda_s = _checks.real("lambda_s", lambda_s, least=0)
         self.penalty = _checks.one_of("penalty", penalty, PENALTIES)

@@ -117,7 +117,7 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder}: no run.json, expected the folder of a trained run; make one with: art-saliency train")
     try:
-        page: dict[str, Any] = json.loads(path.read_text())
+        page: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         schema = page["schema"]
         missing = {"method", "settings", "network", "data", "weights_sha256", "history"} - set(page)
     except (ValueError, KeyError, TypeError) as error:

@@ -82,11 +82,12 @@ class OverfittingWatch(Extension):
     when it falls far below the accuracy on the method's own examples.
 
     :param threat: What PGD may do.
-    :param gap: The difference of the two accuracies that is called catastrophic.
+    :param share: PGD accuracy below this share of the accuracy on the method's own examples is called catastrophic: honest
+        single-step training loses up to a half, a collapse nearly all.
     """
 
-    def __init__(self, threat: ThreatModel, *, gap: float = 0.4, max_iter: int = 10) -> None:
-        self.threat, self.gap, self.max_iter = threat, gap, max_iter
+    def __init__(self, threat: ThreatModel, *, share: float = 1 / 3, max_iter: int = 10) -> None:
+        self.threat, self.share, self.max_iter = threat, share, max_iter
         self.warned = False
 
     def after_epoch(self, run: Run, record: dict[str, Any]) -> None:
@@ -99,7 +100,7 @@ class OverfittingWatch(Extension):
             against_pgd = float((run.model(x_adv).argmax(1) == y).float().mean())
         on_own_examples = float((run.logits.argmax(1) == y).float().mean())
         record["train_pgd_accuracy"] = against_pgd
-        if on_own_examples - against_pgd > self.gap and not self.warned:
+        if against_pgd < self.share * on_own_examples - 0.05 and not self.warned:
             self.warned = True
             warnings.warn(
                 f"epoch {run.epoch}: {on_own_examples:.0%} of a training batch is classified right on the method's single-step "

@@ -7,6 +7,7 @@ Nothing in a step waits for the device: figures are summed there and read once a
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -183,6 +184,7 @@ def train(
     )
     wrapped, wrapped_optimizer = engine.setup(model, optimizer)
     guard = FiniteGuard(model, optimizer)
+    said = False
     try:
         with modes_kept(model), reproducible(seed, engine.device, deterministic=deterministic), _surrounded(run, extensions):
             for run.epoch in range(epochs):
@@ -198,6 +200,10 @@ def train(
                     "seconds": time.perf_counter() - started,
                 }
                 schedule.after_epoch(record["loss"])
+                for sentence in objective.epoch_warnings(record):
+                    if not said:
+                        warnings.warn(f"epoch {run.epoch}: {sentence}", stacklevel=2)
+                    said = True
                 for extension in extensions:
                     extension.after_epoch(run, record)
                 history.records.append(record)

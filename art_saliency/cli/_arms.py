@@ -1,0 +1,156 @@
+"""Train, save, evaluate and draw one network: what ``quickstart`` does three times and ``compare`` as often as asked."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from art_saliency.data import DataSet
+    from art_saliency.threat import ThreatModel
+
+__all__ = ["Budget", "finish", "parse_arm", "run_arm"]
+
+_PICTURES = 8
+
+
+@dataclass(frozen=True)
+class Budget:
+    """
+    What every arm of a comparison gets alike.
+
+    :ivar network: The arguments of ``build_network``. :ivar epochs: Passes over the training images. :ivar images: Test images.
+    """
+
+    data: DataSet
+    spec: dict[str, Any]
+    network: dict[str, Any]
+    threat: ThreatModel
+    epochs: int
+    batch_size: int
+    lr: float
+    images: int
+    seed: int
+    device: torch.device
+    quiet: bool
+
+
+def parse_arm(arm: str) -> tuple[str, dict[str, Any]]:
+    """
+    Read the name of an arm: a method, or ``fsr+BASE`` for FSR on top of one.
+
+    :return: The trainer's name and its parameters.
+    """
+    from art_saliency import _checks
+    from art_saliency.methods import OBJECTIVES
+    from art_saliency.trainers.methods import TRAINERS
+
+    layer, plus, base = arm.partition("+")
+    if plus:
+        return _checks.one_of("arm", layer, ["fsr"]), {"base": _checks.one_of("base", base, OBJECTIVES)}
+    return _checks.one_of("arm", arm, TRAINERS), {}
+
+
+def run_arm(arm: str, budget: Budget, out: Path) -> dict[str, Any]:
+    """
+    Train one network and learn how robust it is. Writes ``out/ARM``: weights, the run's page, a figure.
+
+    :return: Its figures, JSON-able.
+    """
+    import torch
+
+    from art_saliency.evaluation.figures import saliency_panel
+    from art_saliency.evaluation.summary import summarise
+    from art_saliency.methods.base import Batch
+    from art_saliency.networks import build_network
+    from art_saliency.trainers.methods import TRAINERS
+    from art_saliency.trainers.runs import make_classifier, save
+    from art_saliency.training.batches import to_unit
+    from art_saliency.training.cost import forward_backward_passes
+
+    data, device, threat = budget.data, budget.device, budget.threat
+    name, parameters = parse_arm(arm)
+    torch.manual_seed(budget.seed)
+    model = build_network(**budget.network)
+    classifier = make_classifier(
+        model,
+        input_shape=data.input_shape,
+        num_classes=data.num_classes,
+        optimizer=torch.optim.Adam(model.parameters(), lr=budget.lr),
+        device=device,
+    )
+    given = {**TRAINERS[name].defaults_for(model), **parameters, "eps": threat.eps, "norm": threat.norm}
+    trainer = TRAINERS[name](classifier, **given)
+    trainer.fit(
+        data.x_train,
+        data.y_train,
+        batch_size=budget.batch_size,
+        nb_epochs=budget.epochs,
+        scheduler="onecycle",
+        seed=budget.seed,
+        verbose=not budget.quiet,
+    )
+    folder = save(
+        out / arm,
+        classifier,
+        network=budget.network,
+        method=arm,
+        settings=trainer.config(),
+        data={**budget.spec, "fingerprint": data.fingerprint()},
+        history=trainer.history,
+        force=True,  # the folder above it was claimed
+    )
+    x, y = data.x_test[: budget.images], data.y_test[: budget.images]
+    summary = summarise(classifier.model, x, y, threat=threat, seed=budget.seed, progress=not budget.quiet)
+    shown = slice(0, _PICTURES)
+    saliency_panel(
+        classifier.model,
+        to_unit(x[shown]).to(device),
+        summary.autoattack.x_adv[shown].to(device),
+        y[shown].to(device),
+        folder / "saliency.png",
+        title=f"{arm}: {data.name}, {threat.norm} eps {threat.eps:g}, clean {summary.clean:.1%}, "
+        f"AutoAttack {summary.autoattack.robust_accuracy:.1%}",
+    )
+    batch = Batch(to_unit(data.x_train[:128]).to(device), data.y_train[:128].to(device))
+    return {
+        **summary.to_json(),
+        "seconds_per_epoch": statistics.median(trainer.history.column("seconds")),
+        "passes_per_step": forward_backward_passes(classifier.model, trainer.objective, batch),
+    }
+
+
+def finish(results: Mapping[str, dict[str, Any]], budget: Budget, out: Path) -> None:
+    """Print the table of all arms, and write it as ``results.md`` and ``results.json``."""
+    from art_saliency.evaluation.table import markdown_table, percent
+
+    rows = [
+        (
+            arm,
+            percent(result["clean"]["accuracy"]),
+            percent(result["pgd20"]["accuracy"]),
+            percent(result["autoattack"]["accuracy"]),
+            "{:.1f}-{:.1f}".format(*(100 * end for end in result["autoattack"]["interval_95"])),
+            f"{result['seconds_per_epoch']:.2f}",
+            f"{result['passes_per_step']:.1f}",
+        )
+        for arm, result in results.items()
+    ]
+    header = ("network", "clean %", "PGD-20 %", "AutoAttack %", "95 % interval", "s / epoch", "passes / step")
+    table = markdown_table(header, rows)
+    details = next(iter(results.values()))["autoattack_details"]
+    which = "all" if budget.images == len(budget.data.x_test) else "the first"
+    note = (
+        f"Accuracy on {which} {budget.images} test images of {budget.data.name}, {budget.threat.norm} eps "
+        f"{budget.threat.eps:g}, {budget.epochs} epochs, seed {budget.seed}. AutoAttack: version standard, by "
+        f"{details['backend']} {details['backend_version']}. One pass is a forward-backward pass of standard training."
+    )
+    (out / "results.md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
+    (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    print(f"{table}\n\n{note}")

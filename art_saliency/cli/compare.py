@@ -1,0 +1,91 @@
+"""``art-saliency compare``: methods, baselines and compositions under one budget, in one table."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from art_saliency.cli._common import add_run_options, fraction, pick_device, say
+
+_ARMS = (
+    "standard,fgsm-rs,pgd-at,trades,mart,alp,adv-gsct,j-sigr,aalp,"
+    "fsr+pgd-at,fsr+trades,fsr+mart,fsr+alp,fsr+aalp,fsr+j-sigr,fsr+adv-gsct"
+)
+
+
+def add_parser(commands: Any) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "compare",
+        help="train several methods under one budget and put them into one table",
+        description="Trains methods, baselines and FSR compositions with the same network, data, epochs, optimizer and seed, and "
+        "evaluates each with AutoAttack.",
+        epilog="Examples:\n  art-saliency compare --data digits --out runs/compare\n"
+        "  art-saliency compare --data mnist.npz --eps 0.3 --arms pgd-at,adv-gsct,fsr+trades --images 500 --out runs/mnist",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", required=True, help="folder for the runs and the table")
+    parser.add_argument("--arms", default=_ARMS, help="methods, comma-separated; fsr+BASE puts FSR on BASE (default: all)")
+    parser.add_argument("--data", default="digits", help="as for train (default: %(default)s)")
+    parser.add_argument("--data-root", help="where torchvision's sets lie")
+    parser.add_argument("--network", help="a name (default: by the image size)")
+    parser.add_argument("--activation", default="relu", help="as for train (default: %(default)s)")
+    parser.add_argument("--width", type=int, help="channels of the first stage")
+    parser.add_argument("--eps", type=fraction, default=0.2, help="radius (default: %(default)s)")
+    parser.add_argument("--norm", default="Linf", help="Linf or L2 (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=25, help="passes over the images (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=128, help="images a step (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=0.01, help="Adam's highest learning rate (default: %(default)s)")
+    parser.add_argument("--images", type=int, help="test images to evaluate on, the first ones (default: all)")
+    add_run_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it. :return: 0."""
+    from art_saliency import _checks
+    from art_saliency.cli._arms import Budget, finish, parse_arm, run_arm
+    from art_saliency.cli.train import spec_of
+    from art_saliency.data import load_data
+    from art_saliency.networks import default_network
+    from art_saliency.threat import ThreatModel
+    from art_saliency.trainers.runs import claim_folder
+
+    arms = [arm.strip() for arm in args.arms.split(",")]
+    for arm in arms:
+        parse_arm(arm)
+    threat = ThreatModel(args.norm, _checks.real("--eps", args.eps, above=0))
+    _checks.whole("--epochs", args.epochs, least=1)
+    _checks.whole("--batch-size", args.batch_size, least=1)
+    _checks.real("--lr", args.lr, above=0)
+    _checks.whole("--seed", args.seed)
+    device = pick_device(args.device)
+    data = load_data(args.data, root=args.data_root)
+    count = len(data.x_test)
+    images = count if args.images is None else _checks.whole("--images", args.images, least=1, most=count)
+    out = claim_folder(args.out, force=args.force)
+    budget = Budget(
+        data=data,
+        spec={"spec": spec_of(args.data), "root": args.data_root},
+        network={
+            "name": args.network or default_network(data.input_shape),
+            "num_classes": data.num_classes,
+            "input_shape": list(data.input_shape),
+            "activation": args.activation,
+            "width": args.width,
+        },
+        threat=threat,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        images=images,
+        seed=args.seed,
+        device=device,
+        quiet=args.quiet,
+    )
+    results: dict[str, dict[str, Any]] = {}
+    for number, arm in enumerate(arms, 1):
+        say(args, f"[{number}/{len(arms)}] {arm}")
+        results[arm] = run_arm(arm, budget, out)
+    finish(results, budget, out)
+    return 0

@@ -1,0 +1,51 @@
+"""
+ART's own Madry trainer trains FSR: the loss that the classifier holds brings the auxiliary terms, in train mode only.
+
+    python examples/art_native_trainer_with_fsr.py
+    python examples/art_native_trainer_with_fsr.py --data mnist.npz --eps 0.3 --device cuda
+"""
+
+import argparse
+
+import torch
+from art.defences.trainer import AdversarialTrainerMadryPGD
+from art.estimators.classification import PyTorchClassifier
+
+from art_saliency import FSRLoss, autoattack, build_network, insert_fsr, load_data
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="digits", help="digits, mnist, cifar10, FILE.npz, ... (default: %(default)s)")
+    parser.add_argument("--eps", type=float, default=0.2, help="Linf radius (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=20, help="(default: %(default)s)")
+    parser.add_argument("--images", type=int, default=100, help="test images for AutoAttack (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    args = parser.parse_args()
+
+    data = load_data(args.data)
+    torch.manual_seed(0)
+    model = build_network("small-cnn", num_classes=data.num_classes, input_shape=data.input_shape)
+    insert_fsr(model, "layer3", data.num_classes, data.x_train[:2].float())
+    classifier = PyTorchClassifier(
+        model,
+        loss=FSRLoss(model),
+        optimizer=torch.optim.Adam(model.parameters(), lr=0.005),
+        input_shape=data.input_shape,
+        nb_classes=data.num_classes,
+        clip_values=(0.0, 1.0),
+        device_type="gpu" if args.device == "cuda" else "cpu",
+    )
+
+    trainer = AdversarialTrainerMadryPGD(
+        classifier, nb_epochs=args.epochs, eps=args.eps, eps_step=args.eps / 4, max_iter=7, batch_size=128
+    )
+    labels = torch.nn.functional.one_hot(data.y_train, data.num_classes)
+    trainer.fit(data.x_train.numpy(), labels.numpy())
+
+    result = autoattack(model, data.x_test[: args.images], data.y_test[: args.images], eps=args.eps)
+    print(f"clean {result.clean_accuracy:.1%}, AutoAttack {result.robust_accuracy:.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""FSR on top of TRADES: any method trains a network that has FSR layers.
+
+    python examples/compose_fsr_trades.py
+    python examples/compose_fsr_trades.py --data mnist.npz --eps 0.3 --epochs 10 --device cuda
+"""
+
+import argparse
+
+import torch
+from art.estimators.classification import PyTorchClassifier
+
+from art_saliency import FSRTrainer, autoattack, build_network, load_data
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="digits", help="digits, mnist, cifar10, FILE.npz, ... (default: %(default)s)")
+    parser.add_argument("--eps", type=float, default=0.2, help="Linf radius (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=20, help="(default: %(default)s)")
+    parser.add_argument("--images", type=int, default=100, help="test images for AutoAttack (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    args = parser.parse_args()
+
+    data = load_data(args.data)
+    torch.manual_seed(0)
+    model = build_network("small-cnn", num_classes=data.num_classes, input_shape=data.input_shape)
+    classifier = PyTorchClassifier(
+        model,
+        loss=torch.nn.CrossEntropyLoss(),
+        optimizer=torch.optim.Adam(model.parameters(), lr=0.01),
+        input_shape=data.input_shape,
+        nb_classes=data.num_classes,
+        clip_values=(0.0, 1.0),
+        device_type="gpu" if args.device == "cuda" else "cpu",
+    )
+
+    trainer = FSRTrainer(classifier, target="layer3", base="trades", eps=args.eps, beta=6.0)
+    trainer.fit(data.x_train, data.y_train, nb_epochs=args.epochs, scheduler="onecycle", seed=0)
+
+    result = autoattack(model, data.x_test[: args.images], data.y_test[: args.images], eps=args.eps)
+    print(f"clean {result.clean_accuracy:.1%}, AutoAttack {result.robust_accuracy:.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Every example runs; those of the four methods differ in nothing but the method."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from difflib import unified_diff
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from art_saliency.data import load_data
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+METHODS = ("adv_gsct", "j_sigr", "aalp", "fsr")
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """200 digits as an .npz: the route that a user's own data takes."""
+    data, path = load_data("digits"), tmp_path_factory.mktemp("examples") / "few.npz"
+    np.savez(
+        path,
+        x_train=data.x_train[:200].numpy(),
+        y_train=data.y_train[:200].numpy(),
+        x_test=data.x_test[:10].numpy(),
+        y_test=data.y_test[:10].numpy(),
+    )
+    return path
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_an_example_runs_and_prints_what_autoattack_found(script, few, monkeypatch, capsys):
+    words = [str(script), "--data", str(few), "--epochs", "1", "--images", "6", "--eps", "0.1"]
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(str(script), run_name="__main__")
+    assert re.search(r"^clean \d+\.\d%, AutoAttack \d+\.\d%$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_the_methods_examples_are_identical_but_for_the_method():
+    first = (EXAMPLES / "adv_gsct.py").read_text().splitlines()
+    assert len(first) <= 60
+    for name in METHODS[1:]:
+        other = (EXAMPLES / f"{name}.py").read_text().splitlines()
+        assert len(other) <= 60
+        changed = [line for line in unified_diff(first, other, n=0, lineterm="") if re.match(r"[+-][^+-]", line)]
+        assert all(re.search(r"Trainer|examples/|build_network|^[+-]\"\"\"", line) for line in changed), changed
+
+
+def test_every_method_has_an_example():
+    assert set(METHODS) <= {script.stem for script in SCRIPTS}
