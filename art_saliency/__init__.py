@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from art_saliency.data import DataSet, load_data
     from art_saliency.evaluation.accuracy import accuracy, pgd_accuracy
     from art_saliency.evaluation.autoattack import AutoAttackResult, autoattack
+    from art_saliency.methods.fsr import FSRLoss, insert_fsr, remove_fsr
     from art_saliency.networks import build_network
     from art_saliency.threat import ThreatModel
-    from art_saliency.methods.fsr import FSRLoss, insert_fsr, remove_fsr
     from art_saliency.trainers.methods import (
         AALPTrainer,
         AdvGSCTTrainer,

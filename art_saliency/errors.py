@@ -39,8 +39,7 @@ class MissingDependencyError(ArtSaliencyError, ImportError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(
-            f"{purpose} needs the package {package!r}, which is not installed; "
-            f"run: pip install 'art-saliency[{extra}]'"
+            f"{purpose} needs the package {package!r}, which is not installed; run: pip install 'art-saliency[{extra}]'"
         )
 
 

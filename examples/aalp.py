@@ -1,7 +1,7 @@
 """AALP: adaptive adversarial logits pairing.
 
-    python examples/aalp.py
-    python examples/aalp.py --data mnist.npz --eps 0.3 --epochs 10 --device cuda
+python examples/aalp.py
+python examples/aalp.py --data mnist.npz --eps 0.3 --epochs 10 --device cuda
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """FSR on top of TRADES: any method trains a network that has FSR layers.
 
-    python examples/compose_fsr_trades.py
-    python examples/compose_fsr_trades.py --data mnist.npz --eps 0.3 --epochs 10 --device cuda
+python examples/compose_fsr_trades.py
+python examples/compose_fsr_trades.py --data mnist.npz --eps 0.3 --epochs 10 --device cuda
 """
 
 import argparse

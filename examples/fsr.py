@@ -1,7 +1,7 @@
 """FSR: feature separation and recalibration, on PGD adversarial training.
 
-    python examples/fsr.py
-    python examples/fsr.py --data mnist.npz --eps 0.3 --epochs 10 --device cuda
+python examples/fsr.py
+python examples/fsr.py --data mnist.npz --eps 0.3 --epochs 10 --device cuda
 """
 
 import argparse

@@ -119,7 +119,9 @@ def test_the_target_saliency_is_a_label_and_receives_no_gradient():
 def test_linearity_error_is_zero_for_a_linear_score_and_divergence_for_equal_predictions():
     g, delta = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4)
     score0 = torch.randn(3)
-    assert float(linearity_error(score0, score0 + (g * delta).flatten(1).sum(1), g, delta)) == pytest.approx(0, abs=1e-5)
+    assert float(linearity_error(score0, score0 + (g * delta).flatten(1).sum(1), g, delta)) == pytest.approx(
+        0, abs=1e-5
+    )
     logits = torch.randn(3, 5)
     assert float(prediction_divergence(logits, logits + 7)) == pytest.approx(0, abs=1e-5)
 

@@ -29,7 +29,20 @@ def folder(tmp_path_factory):
         x_test=data.x_test[:40].numpy(),
         y_test=data.y_test[:40].numpy(),
     )
-    words = ["train", "adv-gsct", "--data", str(place / "few.npz"), "--eps", "0.1", "--set", "rho=0.2", "--epochs", "25", "--lr", "0.02"]
+    words = [
+        "train",
+        "adv-gsct",
+        "--data",
+        str(place / "few.npz"),
+        "--eps",
+        "0.1",
+        "--set",
+        "rho=0.2",
+        "--epochs",
+        "25",
+        "--lr",
+        "0.02",
+    ]
     assert main([*words, "--width", "8", "--out", str(place / "run"), "--device", "cpu", "--quiet"]) == 0
     return place
 
@@ -66,9 +79,32 @@ def test_evaluate_measures_with_autoattack_and_refuses_to_replace(folder, capsys
     assert "add --force" in capsys.readouterr().err
 
 
-def test_a_users_own_network_and_weights_are_trained(folder, capsys):
-    words = ["train", "standard", "--data", str(folder / "few.npz"), "--eps", "0.1", "--epochs", "1", "--quiet", "--device", "cpu"]
-    own = ["--network", "tests.method_settings:small_network", "--lr", "0.01", "--out", str(folder / "own")]
+OWN = """
+from torch import nn
+
+def make(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, num_classes))
+"""
+
+
+def test_a_users_own_network_and_weights_are_trained(folder, capsys, monkeypatch):
+    (folder / "my_networks.py").write_text(OWN)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    words = [
+        "train",
+        "standard",
+        "--data",
+        str(folder / "few.npz"),
+        "--eps",
+        "0.1",
+        "--epochs",
+        "1",
+        "--quiet",
+        "--device",
+        "cpu",
+    ]
+    own = ["--network", "my_networks:make", "--lr", "0.01", "--out", str(folder / "own")]
     assert main([*words, *own, "--force"]) == 0
     started = [*own[:-1], str(folder / "own2"), "--weights", str(folder / "own" / "weights.pt"), "--force"]
     assert main([*words, *started]) == 0
@@ -108,7 +144,10 @@ def test_a_wrong_word_is_explained_in_one_sentence_and_leaves_nothing(kind, tmp_
     assert not list(tmp_path.rglob("*.pt"))
 
 
-@pytest.mark.parametrize("words", [["trian"], ["train"], ["train", "pgd-at"], ["train", "pgd-at", "--eps", "x", "--out", "a"], ["train", "--hlep"]])
+@pytest.mark.parametrize(
+    "words",
+    [["trian"], ["train"], ["train", "pgd-at"], ["train", "pgd-at", "--eps", "x", "--out", "a"], ["train", "--hlep"]],
+)
 def test_words_that_do_not_parse_end_with_2_and_usage(words, capsys):
     with pytest.raises(SystemExit) as caught:
         main(words)

@@ -49,7 +49,9 @@ def test_a_method_learns_and_keeps_arts_contract(method, digits):
     network = small_network(norm=True)
     art_classifier = classifier(network)
     trainer = ROWS[method].trainer(art_classifier, **ROWS[method].settings)
-    next(module for module in network.modules() if isinstance(module, nn.BatchNorm2d)).eval()  # its owner froze it on purpose
+    next(
+        module for module in network.modules() if isinstance(module, nn.BatchNorm2d)
+    ).eval()  # its owner froze it on purpose
     modes = [module.training for module in network.modules()]
     images, before = x.numpy().copy(), x.numpy().copy()
 
@@ -177,7 +179,7 @@ def test_an_art_attack_and_a_callable_serve_as_inner_maximisation(digits):
 
 def test_the_signature_shows_the_methods_own_parameters():
     parameters = inspect.signature(AdvGSCTTrainer).parameters
-    assert list(parameters)[0] == "classifier"
+    assert next(iter(parameters)) == "classifier"
     assert {"eps", "rho", "consensus"} <= set(parameters)
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for name, p in parameters.items() if name != "classifier")
 
@@ -260,7 +262,10 @@ def test_bad_data_is_refused_in_one_sentence_and_nothing_changes(kind, digits):
 
 BAD_FITS = {
     "one image": (lambda c, x, y: StandardTrainer(c).fit(x[:1], y[:1]), "batch of one image.*BatchNorm"),
-    "batch of one": (lambda c, x, y: StandardTrainer(c).fit(x, y, batch_size=1), "batch_size: got a batch of one image"),
+    "batch of one": (
+        lambda c, x, y: StandardTrainer(c).fit(x, y, batch_size=1),
+        "batch_size: got a batch of one image",
+    ),
     "batch size": (lambda c, x, y: StandardTrainer(c).fit(x, y, batch_size=0), "batch_size: got 0"),
     "epochs": (lambda c, x, y: StandardTrainer(c).fit(x, y, nb_epochs=0.5), "nb_epochs: got 0.5"),
     "keyword": (lambda c, x, y: StandardTrainer(c).fit(x, y, epochs=3), "unknown keyword 'epochs'"),
@@ -307,7 +312,11 @@ BAD_CLASSIFIERS = {
         "GaussianAugmentation",
     ),
     "detached": (lambda: classifier(_Detached()), UnsupportedModelError, "without a gradient to the images"),
-    "classes": (lambda: classifier(small_network(classes=9)), UnsupportedModelError, r"expected logits of shape \(2, 10\)"),
+    "classes": (
+        lambda: classifier(small_network(classes=9)),
+        UnsupportedModelError,
+        r"expected logits of shape \(2, 10\)",
+    ),
     "frozen": (lambda: classifier(small_network().requires_grad_(False)), UnsupportedModelError, "trainable parameter"),
 }
 
@@ -341,7 +350,7 @@ def test_pgd_training_agrees_with_arts_own_trainer(digits):
                     x, y, nb_epochs=8, batch_size=128, seed=seed, verbose=False
                 )
             else:
-                np.random.seed(seed)
+                np.random.seed(seed)  # noqa: NPY002, ART draws from it
                 trainer = AdversarialTrainerMadryPGD(
                     art_classifier, nb_epochs=8, batch_size=128, eps=0.15, eps_step=0.04, max_iter=7
                 )

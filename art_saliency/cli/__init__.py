@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     :return: 0, 2 for an error that was explained, 130 when interrupted.
     """
     args = make_parser().parse_args(argv)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where the user's own package.module:factory lies; last, so that it shadows nothing
     try:
         return int(args.run(args))
     except ArtSaliencyError as error:

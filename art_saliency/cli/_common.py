@@ -45,7 +45,9 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise _checks.refuse("--device", repr(name), "auto, cpu, cuda or cuda:N", "ART runs on these only")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise _checks.refuse("--device", repr(name), f"one of the {torch.cuda.device_count()} GPUs here", "use --device cpu")
+        raise _checks.refuse(
+            "--device", repr(name), f"one of the {torch.cuda.device_count()} GPUs here", "use --device cpu"
+        )
     return device
 
 

@@ -25,7 +25,9 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", required=True, help="folder for the runs and the table")
-    parser.add_argument("--arms", default=_ARMS, help="methods, comma-separated; fsr+BASE puts FSR on BASE (default: all)")
+    parser.add_argument(
+        "--arms", default=_ARMS, help="methods, comma-separated; fsr+BASE puts FSR on BASE (default: all)"
+    )
     parser.add_argument("--data", default="digits", help="as for train (default: %(default)s)")
     parser.add_argument("--data-root", help="where torchvision's sets lie")
     parser.add_argument("--network", help="a name (default: by the image size)")

@@ -25,7 +25,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--eps", type=fraction, help="radius (default: the run's)")
     parser.add_argument("--norm", help="Linf or L2 (default: the run's)")
     parser.add_argument("--images", type=int, help="how many test images, the first ones (default: all)")
-    parser.add_argument("--version", default="standard", help="of AutoAttack: standard, plus or rand (default: %(default)s)")
+    parser.add_argument(
+        "--version", default="standard", help="of AutoAttack: standard, plus or rand (default: %(default)s)"
+    )
     parser.add_argument("--batch-size", type=int, default=250, help="images at once (default: %(default)s)")
     add_run_options(parser)
     parser.set_defaults(run=run)
@@ -52,14 +54,19 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     classifier = load(args.folder, device=device)
     known = page["data"]
-    data = load_data(
-        args.data or known["spec"], root=args.data_root or known.get("root"), size=known.get("size")
-    )
+    data = load_data(args.data or known["spec"], root=args.data_root or known.get("root"), size=known.get("size"))
     if args.data is None and data.fingerprint() != known["fingerprint"]:
         raise _checks.refuse(
-            "data", f"{known['spec']} with other content than in training", "the same", "say so on purpose: --data " + known["spec"]
+            "data",
+            f"{known['spec']} with other content than in training",
+            "the same",
+            "say so on purpose: --data " + known["spec"],
         )
-    count = len(data.x_test) if args.images is None else _checks.whole("--images", args.images, least=1, most=len(data.x_test))
+    count = (
+        len(data.x_test)
+        if args.images is None
+        else _checks.whole("--images", args.images, least=1, most=len(data.x_test))
+    )
     say(args, f"{page['method']} on {data.name}: {count} test images, {threat.norm} eps {threat.eps:g}, {device}")
     summary = summarise(
         classifier.model,
@@ -74,7 +81,11 @@ def run(args: argparse.Namespace) -> int:
     result = {"run": page["method"], "data": data.name, **summary.to_json()}
     write_file(target, lambda file: file.write(json.dumps(result, indent=1).encode()))
     rows = [
-        (name, percent(result[key]["accuracy"]), "{:.1f}-{:.1f}".format(*(100 * end for end in result[key]["interval_95"])))
+        (
+            name,
+            percent(result[key]["accuracy"]),
+            "{:.1f}-{:.1f}".format(*(100 * end for end in result[key]["interval_95"])),
+        )
         for name, key in (("clean", "clean"), ("PGD-20", "pgd20"), (f"AutoAttack ({args.version})", "autoattack"))
     ]
     print(markdown_table((f"{page['method']}, {count} images", "accuracy %", "95 % interval"), rows))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+
 def add_parser(commands: Any) -> None:
     """Register the command."""
     parser = commands.add_parser(

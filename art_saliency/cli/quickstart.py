@@ -20,7 +20,9 @@ def add_parser(commands: Any) -> None:
         epilog="Examples:\n  art-saliency quickstart\n  art-saliency quickstart --out demo --eps 0.15 --epochs 20",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", default="quickstart", help="folder for checkpoints, figures, table (default: %(default)s)")
+    parser.add_argument(
+        "--out", default="quickstart", help="folder for checkpoints, figures, table (default: %(default)s)"
+    )
     parser.add_argument(
         "--eps", type=fraction, default=0.2, help="Linf radius (default: %(default)s of the pixel range)"
     )

@@ -28,29 +28,51 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("method", metavar="METHOD", help="standard, fgsm-rs, pgd-at, adv-gsct, ...")
     parser.add_argument("--out", required=True, help="folder for the run")
     data = parser.add_argument_group("data")
-    data.add_argument("--data", default="digits", help="digits, mnist, cifar10, cifar100, svhn, FILE.npz, or a folder (default: %(default)s)")
+    data.add_argument(
+        "--data",
+        default="digits",
+        help="digits, mnist, cifar10, cifar100, svhn, FILE.npz, or a folder (default: %(default)s)",
+    )
     data.add_argument("--data-root", help="where torchvision's sets lie or are downloaded to")
     data.add_argument("--download", action="store_true", help="let torchvision download the set")
     data.add_argument("--size", type=int, help="side of the images that a folder of pictures is brought to")
-    data.add_argument("--validation-split", type=float, default=0.1, help="share of the training images held out (default: %(default)s)")
-    data.add_argument("--augment", default="none", help="none, flip, crop or crop-flip, on the device (default: %(default)s)")
+    data.add_argument(
+        "--validation-split",
+        type=float,
+        default=0.1,
+        help="share of the training images held out (default: %(default)s)",
+    )
+    data.add_argument(
+        "--augment", default="none", help="none, flip, crop or crop-flip, on the device (default: %(default)s)"
+    )
     network = parser.add_argument_group("network")
     network.add_argument("--network", help="a name, or package.module:factory (default: by the image size)")
     network.add_argument("--activation", default="relu", help="relu, silu, gelu, softplus (default: %(default)s)")
     network.add_argument("--width", type=int, help="channels of the first stage")
-    network.add_argument("--normalise", action="store_true", help="put the training images' mean and deviation into the network")
+    network.add_argument(
+        "--normalise", action="store_true", help="put the training images' mean and deviation into the network"
+    )
     network.add_argument("--weights", help="a state dict to start from")
     method = parser.add_argument_group("method")
-    method.add_argument("--eps", type=fraction, required=True, help="radius of the threat model, such as 8/255, of the pixel range [0, 1]")
+    method.add_argument(
+        "--eps",
+        type=fraction,
+        required=True,
+        help="radius of the threat model, such as 8/255, of the pixel range [0, 1]",
+    )
     method.add_argument("--norm", default="Linf", help="Linf or L2 (default: %(default)s)")
-    method.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method; may be repeated")
+    method.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method; may be repeated"
+    )
     run_group = parser.add_argument_group("run")
     run_group.add_argument("--epochs", type=int, default=20, help="passes over the data (default: %(default)s)")
     run_group.add_argument("--batch-size", type=int, default=128, help="images a step (default: %(default)s)")
     run_group.add_argument("--optimizer", choices=sorted(_RECIPES), help="default: adam for small-cnn, else sgd")
     run_group.add_argument("--lr", type=float, help="highest learning rate (default: 0.01 for adam, 0.1 for sgd)")
     run_group.add_argument("--weight-decay", type=float, help="default: 0 for adam, 5e-4 for sgd")
-    run_group.add_argument("--scheduler", default="onecycle", help="onecycle, cosine, step or none (default: %(default)s)")
+    run_group.add_argument(
+        "--scheduler", default="onecycle", help="onecycle, cosine, step or none (default: %(default)s)"
+    )
     run_group.add_argument("--grad-clip", type=float, help="the greatest norm of the gradient")
     run_group.add_argument("--precision", default="32-true", help="32-true or bf16-mixed (default: %(default)s)")
     run_group.add_argument("--deterministic", action="store_true", help="only kernels whose results repeat bit for bit")
@@ -98,7 +120,9 @@ def run(args: argparse.Namespace) -> int:
     folder = claim_folder(args.out, force=args.force)
 
     data = load_data(args.data, root=args.data_root, download=args.download, size=args.size)
-    train, validation = data.split(args.validation_split, args.seed) if args.validation_split else ((data.x_train, data.y_train), None)
+    train, validation = (
+        data.split(args.validation_split, args.seed) if args.validation_split else ((data.x_train, data.y_train), None)
+    )
     name = args.network or default_network(data.input_shape)
     network: dict[str, Any] = {
         "name": name,
@@ -119,7 +143,10 @@ def run(args: argparse.Namespace) -> int:
     )
     trainer = trainer_class(classifier, **{**trainer_class.defaults_for(model), **settings})
     held_out = 0 if validation is None else len(validation[0])
-    say(args, f"{args.method} on {data.name}: {len(train[0])} training images, {held_out} held out; {name}; {args.norm} eps {args.eps:g}; {device}")
+    say(
+        args,
+        f"{args.method} on {data.name}: {len(train[0])} training images, {held_out} held out; {name}; {args.norm} eps {args.eps:g}; {device}",
+    )
     trainer.fit(
         *train,
         validation_data=validation,
@@ -167,7 +194,9 @@ def _load_weights(model: Any, weights: dict[str, Any], source: str) -> None:
         model.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        raise CheckpointError(f"{source}: these weights do not fit the network: {' '.join(lines[1:3]) or lines[0]}") from error
+        raise CheckpointError(
+            f"{source}: these weights do not fit the network: {' '.join(lines[1:3]) or lines[0]}"
+        ) from error
 
 
 def _optimizer(model: Any, args: argparse.Namespace, network: str) -> Any:
@@ -177,7 +206,11 @@ def _optimizer(model: Any, args: argparse.Namespace, network: str) -> Any:
 
     kind = args.optimizer or ("adam" if network == "small-cnn" else "sgd")
     lr = _RECIPES[kind] if args.lr is None else _checks.real("--lr", args.lr, above=0)
-    decay = (0.0 if kind == "adam" else 5e-4) if args.weight_decay is None else _checks.real("--weight-decay", args.weight_decay, least=0)
+    decay = (
+        (0.0 if kind == "adam" else 5e-4)
+        if args.weight_decay is None
+        else _checks.real("--weight-decay", args.weight_decay, least=0)
+    )
     if kind == "adam":
         return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=decay)
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=decay)

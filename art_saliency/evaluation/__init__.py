@@ -1,0 +1,1 @@
+"""Learning the truth about a network: accuracy, the AutoAttack, figures. Nothing here knows a training method."""

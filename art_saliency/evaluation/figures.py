@@ -46,7 +46,14 @@ def _unit(maps: Tensor) -> Tensor:
 
 
 def saliency_panel(
-    model: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, path: str | Path, *, title: str, classes: Sequence[str] | None = None
+    model: nn.Module,
+    x: Tensor,
+    x_adv: Tensor,
+    y: Tensor,
+    path: str | Path,
+    *,
+    title: str,
+    classes: Sequence[str] | None = None,
 ) -> Path:
     """
     Draw, for each image, the input, the adversarial input, and the network's loss saliency at both.

@@ -67,7 +67,15 @@ def summarise(
         clean=accuracy(model, images, y),
         pgd20=pgd_accuracy(model, images, y, threat=threat, max_iter=20, seed=seed),
         autoattack=autoattack(
-            model, images, y, eps=threat.eps, norm=threat.norm, version=version, batch_size=batch_size, seed=seed, progress=progress
+            model,
+            images,
+            y,
+            eps=threat.eps,
+            norm=threat.norm,
+            version=version,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
         ),
         images=len(images),
     )

@@ -105,28 +105,56 @@ PseudoInput = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, ThreatMod
 
 
 def essential(
-    x: Tensor, x0: Tensor, ascent: Tensor, mask: Tensor, baseline: Tensor, alpha: float, threat: ThreatModel, random: RandomSource | None
+    x: Tensor,
+    x0: Tensor,
+    ascent: Tensor,
+    mask: Tensor,
+    baseline: Tensor,
+    alpha: float,
+    threat: ThreatModel,
+    random: RandomSource | None,
 ) -> Tensor:
     """:return: "The least but essential information": essential pixels go to the worst case, the others lose information."""
     return x + mask * (x0 - x + alpha * ascent) + (1 - mask) * threat.eps * threat.ascent_direction(baseline - x)
 
 
 def one_step(
-    x: Tensor, x0: Tensor, ascent: Tensor, mask: Tensor, baseline: Tensor, alpha: float, threat: ThreatModel, random: RandomSource | None
+    x: Tensor,
+    x0: Tensor,
+    ascent: Tensor,
+    mask: Tensor,
+    baseline: Tensor,
+    alpha: float,
+    threat: ThreatModel,
+    random: RandomSource | None,
 ) -> Tensor:
     """:return: Every pixel goes to the worst case, whatever its importance (a control)."""
     return x0 + alpha * ascent
 
 
 def lowest_noise(
-    x: Tensor, x0: Tensor, ascent: Tensor, mask: Tensor, baseline: Tensor, alpha: float, threat: ThreatModel, random: RandomSource | None
+    x: Tensor,
+    x0: Tensor,
+    ascent: Tensor,
+    mask: Tensor,
+    baseline: Tensor,
+    alpha: float,
+    threat: ThreatModel,
+    random: RandomSource | None,
 ) -> Tensor:
     """:return: Unimportant pixels become noise (as in saliency-guided training, Ismail et al. 2021)."""
     return x + mask * (x0 - x + alpha * ascent) + (1 - mask) * (uniform(x, random) - x)
 
 
 def convex_mix(
-    x: Tensor, x0: Tensor, ascent: Tensor, mask: Tensor, baseline: Tensor, alpha: float, threat: ThreatModel, random: RandomSource | None
+    x: Tensor,
+    x0: Tensor,
+    ascent: Tensor,
+    mask: Tensor,
+    baseline: Tensor,
+    alpha: float,
+    threat: ThreatModel,
+    random: RandomSource | None,
 ) -> Tensor:
     """:return: Unimportant pixels go half-way between the worst case and the baseline."""
     worst = one_step(x, x0, ascent, mask, baseline, alpha, threat, random)
@@ -298,7 +326,9 @@ class AdvGSCT(Objective):
             return input_gradient(score.sum(), x_pseudo, create_graph=self.l2_consensus > 0, retain_graph=True)
         slow = batch.target_model
         if slow is None:
-            raise _checks.refuse("target_network", "'ema' without a slow copy", "a run that keeps one", "pass ema=0.999")
+            raise _checks.refuse(
+                "target_network", "'ema' without a slow copy", "a run that keeps one", "pass ema=0.999"
+            )
         x_slow = x_pseudo.detach().requires_grad_(True)
         with evaluating(slow), frozen(slow):
             return input_gradient(self._score(slow(x_slow), batch.y).sum(), x_slow)

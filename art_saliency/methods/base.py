@@ -20,7 +20,16 @@ from torch import Tensor, nn
 from art_saliency import _checks
 from art_saliency.randomness import RandomSource
 
-__all__ = ["Attack", "AuxiliaryLoss", "Batch", "LossTerms", "Objective", "auxiliary_modules", "auxiliary_terms", "warmup"]
+__all__ = [
+    "Attack",
+    "AuxiliaryLoss",
+    "Batch",
+    "LossTerms",
+    "Objective",
+    "auxiliary_modules",
+    "auxiliary_terms",
+    "warmup",
+]
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """(model, x, y) -> x_adv, all (N, C, H, W) in [0, 1]: an inner maximisation of the user's own."""

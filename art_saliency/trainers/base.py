@@ -102,12 +102,13 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
             inspect.Parameter("classifier", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=PyTorchClassifier),
         ]
 
-        def __init__(self: ObjectiveTrainer, classifier: PyTorchClassifier, **parameters: Any) -> None:
+        def construct(self: ObjectiveTrainer, classifier: PyTorchClassifier, **parameters: Any) -> None:
             ObjectiveTrainer.__init__(self, classifier, **parameters)
 
-        __init__.__signature__ = inspect.Signature([*first, *(p for p in own if p.name != "self")])  # type: ignore[attr-defined]
-        __init__.__doc__ = cls.objective_class.__doc__
-        cls.__init__ = __init__  # type: ignore[method-assign, assignment]
+        construct.__signature__ = inspect.Signature([*first, *(p for p in own if p.name != "self")])  # type: ignore[attr-defined]
+        construct.__doc__ = cls.objective_class.__doc__
+        construct.__name__ = "__init__"
+        cls.__init__ = construct  # type: ignore[method-assign]
 
     def __init__(self, classifier: PyTorchClassifier, **parameters: Any) -> None:
         if not isinstance(classifier, PyTorchClassifier):
@@ -220,7 +221,9 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         validation_data, scheduler = kwargs.pop("validation_data", None), kwargs.pop("scheduler", None)
         options = RunOptions.checked(f"{type(self).__name__}.fit_generator", kwargs)
         if options.validation_split:
-            raise _checks.refuse("validation_split", str(options.validation_split), "0 for a stream", "give validation_data")
+            raise _checks.refuse(
+                "validation_split", str(options.validation_split), "0 for a stream", "give validation_data"
+            )
         make, steps, batch_size = _stream(generator)
         self._check_run(batch_size, nb_epochs, scheduler)
         self._check_batches(2, batch_size)
@@ -328,7 +331,9 @@ def _hold_out(x: Tensor, y: Tensor, share: float, seed: int) -> tuple[Tensor, Te
     """Split off a validation set at random, the same for the same seed."""
     count = max(1, round(share * len(x)))
     if count >= len(x):
-        raise _checks.refuse("validation_split", f"{share:g} of {len(x)} images", "a share that leaves images to train on")
+        raise _checks.refuse(
+            "validation_split", f"{share:g} of {len(x)} images", "a share that leaves images to train on"
+        )
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     held, kept = order[:count].sort().values, order[count:].sort().values
     return x[kept], y[kept], (x[held], y[held] if y.ndim == 1 else y[held].argmax(1))

@@ -71,7 +71,13 @@ class FSRTrainer(ObjectiveTrainer):
             lambda_sep=lambda_sep,
             lambda_rec=lambda_rec,
         )
-        self._layer_config = {"hidden": hidden, "tau": tau, "zero_init": zero_init, "lambda_sep": lambda_sep, "lambda_rec": lambda_rec}
+        self._layer_config = {
+            "hidden": hidden,
+            "tau": tau,
+            "zero_init": zero_init,
+            "lambda_sep": lambda_sep,
+            "lambda_rec": lambda_rec,
+        }
         _add_parameters(classifier)
 
     @classmethod
@@ -127,8 +133,10 @@ def _add_parameters(classifier: PyTorchClassifier) -> None:
     """Give the parameters that the optimizer does not know to it, with the settings of its first group."""
     optimizer = classifier.optimizer
     known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    new = [parameter for parameter in classifier.model.parameters() if id(parameter) not in known and parameter.requires_grad]
+    new = [
+        parameter
+        for parameter in classifier.model.parameters()
+        if id(parameter) not in known and parameter.requires_grad
+    ]
     first = {key: value for key, value in optimizer.param_groups[0].items() if key not in ("params", "initial_lr")}
     optimizer.add_param_group({**first, "params": new})
-
-

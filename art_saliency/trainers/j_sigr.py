@@ -79,7 +79,9 @@ class JSIGRTrainer(ObjectiveTrainer):
             objective.teacher = self._trained_teacher(batches, self.teacher_epochs or epochs, options)
         size = (images.shape[-2], images.shape[-1])
         hard = targets if targets.ndim == 1 else targets.argmax(1)
-        bar = tqdm(total=len(images), desc="saliency maps", unit="image", dynamic_ncols=True, disable=not options.verbose)
+        bar = tqdm(
+            total=len(images), desc="saliency maps", unit="image", dynamic_ncols=True, disable=not options.verbose
+        )
         with bar:
             scores = objective.cached_maps(
                 self.maps_file, objective.teacher, images.to(self._device), hard.to(self._device), progress=bar.update

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from art_saliency.methods.adv_gsct import AdvGSCT
 from art_saliency.methods.aalp import AALP
+from art_saliency.methods.adv_gsct import AdvGSCT
 from art_saliency.methods.baselines import ALP, FGSMRS, MART, PGDAT, TRADES, Standard
 from art_saliency.trainers.base import ObjectiveTrainer
 from art_saliency.trainers.fsr import FSRTrainer

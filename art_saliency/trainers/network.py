@@ -83,11 +83,16 @@ def check_trainable(network: ClassifierNetwork, classifier: PyTorchClassifier) -
     """
     if classifier.optimizer is None:
         raise _checks.refuse(
-            "classifier", "no optimizer", "one", "write PyTorchClassifier(..., optimizer=torch.optim.SGD(model.parameters(), lr=0.1))"
+            "classifier",
+            "no optimizer",
+            "one",
+            "write PyTorchClassifier(..., optimizer=torch.optim.SGD(model.parameters(), lr=0.1))",
         )
     if not classifier.channels_first or len(classifier.input_shape) != 3:
         raise _checks.refuse(
-            "classifier", f"input_shape {classifier.input_shape}, channels_first={classifier.channels_first}", "(C, H, W) with channels first"
+            "classifier",
+            f"input_shape {classifier.input_shape}, channels_first={classifier.channels_first}",
+            "(C, H, W) with channels first",
         )
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise UnsupportedModelError("model: got no trainable parameter, expected at least one with requires_grad=True")

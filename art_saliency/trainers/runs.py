@@ -12,9 +12,9 @@ from torch import nn
 
 from art_saliency import _checks
 from art_saliency.errors import CheckpointError
+from art_saliency.files import read_tensors, sha256_of_tensors, write_file, write_tensors
 from art_saliency.methods.fsr import fsr_layers, insert_fsr
 from art_saliency.networks import build_network
-from art_saliency.files import read_tensors, sha256_of_tensors, write_file, write_tensors
 from art_saliency.training.records import History, versions
 
 __all__ = ["SCHEMA", "load", "make_classifier", "read_run", "save"]
@@ -102,7 +102,9 @@ def claim_folder(folder: str | Path, *, force: bool) -> Path:
     if path.exists() and not path.is_dir():
         raise _checks.refuse("out", f"{path}, which is a file", "a folder")
     if not force and path.is_dir() and any(path.iterdir()):
-        raise _checks.refuse("out", f"{path}, which is not empty", "a new or empty folder", "choose another or add --force")
+        raise _checks.refuse(
+            "out", f"{path}, which is not empty", "a new or empty folder", "choose another or add --force"
+        )
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -115,15 +117,21 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / "run.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder}: no run.json, expected the folder of a trained run; make one with: art-saliency train")
+        raise CheckpointError(
+            f"{folder}: no run.json, expected the folder of a trained run; make one with: art-saliency train"
+        )
     try:
         page: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         schema = page["schema"]
         missing = {"method", "settings", "network", "data", "weights_sha256", "history"} - set(page)
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: damaged ({error}), expected the JSON that training wrote; train again") from error
+        raise CheckpointError(
+            f"{path}: damaged ({error}), expected the JSON that training wrote; train again"
+        ) from error
     if schema != SCHEMA or missing:
-        raise CheckpointError(f"{path}: got schema {schema} without {sorted(missing)}, expected schema {SCHEMA}; use the version that wrote it")
+        raise CheckpointError(
+            f"{path}: got schema {schema} without {sorted(missing)}, expected schema {SCHEMA}; use the version that wrote it"
+        )
     return page
 
 
@@ -139,7 +147,9 @@ def load(folder: str | Path, *, device: torch.device | str = "cpu") -> PyTorchCl
     page = read_run(folder)
     weights = read_tensors(Path(folder) / "weights.pt")
     if sha256_of_tensors(weights) != page["weights_sha256"]:
-        raise CheckpointError(f"{folder}: weights.pt is not the file that run.json names (its hash differs); copy both again")
+        raise CheckpointError(
+            f"{folder}: weights.pt is not the file that run.json names (its hash differs); copy both again"
+        )
     network = dict(page["network"])
     name, shape, layers = network.pop("name"), tuple(network.pop("input_shape")), network.pop("fsr", {})
     model = build_network(name, input_shape=shape, **network)
@@ -148,7 +158,9 @@ def load(folder: str | Path, *, device: torch.device | str = "cpu") -> PyTorchCl
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise CheckpointError(f"{folder}: the weights do not fit {name!r}: {str(error).splitlines()[1].strip()}") from error
+        raise CheckpointError(
+            f"{folder}: the weights do not fit {name!r}: {str(error).splitlines()[1].strip()}"
+        ) from error
     classifier = make_classifier(model, input_shape=shape, num_classes=network["num_classes"], device=device)
     classifier.model.eval()
     return classifier

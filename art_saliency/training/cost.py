@@ -18,12 +18,12 @@ from art_saliency.randomness import RandomSource
 __all__ = ["forward_backward_passes"]
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up torch's own operation counts. Torch's ``FlopCounterMode`` also follows modules, by hooks that break ``autograd.grad``."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -43,7 +43,7 @@ def _operations(model: nn.Module, objective: Objective, batch: Batch) -> int:
         if modules:
             loss = loss + auxiliary_terms(modules, terms.logits, batch.y).loss
         loss.backward()
-    return counter.total
+    return int(counter.total)
 
 
 def forward_backward_passes(model: nn.Module, objective: Objective, batch: Batch) -> float:

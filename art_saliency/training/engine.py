@@ -38,17 +38,21 @@ class Engine:
         devices: Any = [self.device.index or 0] if self.device.type == "cuda" else 1
         self.fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision)  # type: ignore[arg-type]
         self.rank, self.world_size = self.fabric.global_rank, self.fabric.world_size
+        self.plain = self.world_size == 1 and precision == "32-true"
 
     def setup(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
         """:return: The network and optimizer that the loop is to call."""
-        if self.world_size == 1 and self.precision == "32-true":
+        if self.plain:
             return model, optimizer
         wrapped: tuple[nn.Module, Any] = self.fabric.setup(model, optimizer, move_to_device=False)
         return wrapped
 
     def backward(self, loss: Tensor) -> None:
         """The step's one ordinary backward pass."""
-        loss.backward() if self.precision == "32-true" and self.world_size == 1 else self.fabric.backward(loss)
+        if self.plain:
+            torch.autograd.backward(loss)
+        else:
+            self.fabric.backward(loss)
 
 
 @contextmanager

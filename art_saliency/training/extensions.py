@@ -57,7 +57,14 @@ class Validation(Extension):
     """
 
     def __init__(
-        self, x: Tensor, y: Tensor, *, threat: ThreatModel | None, every: int = 1, max_iter: int = 10, batch_size: int = 256
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        threat: ThreatModel | None,
+        every: int = 1,
+        max_iter: int = 10,
+        batch_size: int = 256,
     ) -> None:
         self.x, self.y, self.threat = x, y, threat
         self.every, self.max_iter, self.batch_size = every, max_iter, batch_size
@@ -70,7 +77,13 @@ class Validation(Extension):
         record["validation_accuracy"] = accuracy(model, self.x, self.y, batch_size=self.batch_size)
         if self.threat is not None:
             record["validation_robust_accuracy"] = pgd_accuracy(
-                model, self.x, self.y, threat=self.threat, max_iter=self.max_iter, batch_size=self.batch_size, seed=run.random.seed
+                model,
+                self.x,
+                self.y,
+                threat=self.threat,
+                max_iter=self.max_iter,
+                batch_size=self.batch_size,
+                seed=run.random.seed,
             )
 
 

@@ -47,7 +47,10 @@ class FiniteGuard:
         if names != self._names or self._first_bad is None:
             if self._pending:
                 self.read(step, epoch)
-            self._names, self._first_bad = names, torch.full((len(names),), _NEVER, dtype=torch.long, device=values.device)
+            self._names, self._first_bad = (
+                names,
+                torch.full((len(names),), _NEVER, dtype=torch.long, device=values.device),
+            )
         self._first_bad = torch.where(torch.isfinite(values), self._first_bad, self._first_bad.clamp(max=step))
         self._pending += 1
         if self._pending >= self.every:

@@ -97,7 +97,14 @@ def _accuracy(logits: Tensor, y: Tensor) -> Tensor:
     return (logits.argmax(1) == (y if y.ndim == 1 else y.argmax(1))).float().mean()
 
 
-def _epoch(run: Run, model: nn.Module, optimizer: Optimizer, guard: FiniteGuard, grad_clip: float | None, extensions: Sequence[Extension]) -> dict[str, float]:
+def _epoch(
+    run: Run,
+    model: nn.Module,
+    optimizer: Optimizer,
+    guard: FiniteGuard,
+    grad_clip: float | None,
+    extensions: Sequence[Extension],
+) -> dict[str, float]:
     sums, total = _Sums(), run.epochs * run.batches.steps_per_epoch
     for batch in run.batches.epoch(run.random):
         batch.progress, batch.target_model = run.step / total, run.target_model
@@ -110,7 +117,9 @@ def _epoch(run: Run, model: nn.Module, optimizer: Optimizer, guard: FiniteGuard,
         run.schedule.after_step()
         logits = result.logits.detach()
         names = (*result.terms, "loss")
-        figures = torch.stack([*(term.detach().float() for term in result.terms.values()), result.loss.detach().float()])
+        figures = torch.stack(
+            [*(term.detach().float() for term in result.terms.values()), result.loss.detach().float()]
+        )
         guard.watch(run.step, run.epoch, names, figures)
         sums.add((*names, "train_accuracy"), torch.cat([figures, _accuracy(logits, batch.y)[None]]), len(batch.x))
         run.batch, run.logits = batch, logits
@@ -168,7 +177,15 @@ def train(
     random = RandomSource(seed, engine.device, rank=engine.rank, world_size=engine.world_size)
     schedule = Schedule(scheduler, optimizer, epochs * batches.steps_per_epoch)
     run = Run(
-        model, objective, optimizer, batches, epochs=epochs, engine=engine, schedule=schedule, random=random, history=history
+        model,
+        objective,
+        optimizer,
+        batches,
+        epochs=epochs,
+        engine=engine,
+        schedule=schedule,
+        random=random,
+        history=history,
     )
     history.meta.update(
         objective=objective.name,
@@ -186,7 +203,11 @@ def train(
     guard = FiniteGuard(model, optimizer)
     said = False
     try:
-        with modes_kept(model), reproducible(seed, engine.device, deterministic=deterministic), _surrounded(run, extensions):
+        with (
+            modes_kept(model),
+            reproducible(seed, engine.device, deterministic=deterministic),
+            _surrounded(run, extensions),
+        ):
             for run.epoch in range(epochs):
                 model.train()
                 started = time.perf_counter()

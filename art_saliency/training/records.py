@@ -24,7 +24,14 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("art-saliency", "adversarial-robustness-toolbox", "torchvision", "numpy", "pyautoattack", "robustbench"):
+    for package in (
+        "art-saliency",
+        "adversarial-robustness-toolbox",
+        "torchvision",
+        "numpy",
+        "pyautoattack",
+        "robustbench",
+    ):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -56,7 +63,11 @@ class History(Sequence[dict[str, Any]]):
         return iter(self.records)
 
     def __repr__(self) -> str:
-        last = ", ".join(f"{k} {v:.4g}" for k, v in self.records[-1].items() if isinstance(v, float)) if self.records else "empty"
+        last = (
+            ", ".join(f"{k} {v:.4g}" for k, v in self.records[-1].items() if isinstance(v, float))
+            if self.records
+            else "empty"
+        )
         return f"History({len(self)} epochs; {last})"
 
     def column(self, name: str) -> list[Any]:

@@ -19,7 +19,9 @@ def _cosine(optimizer: Optimizer, steps: int) -> Any:
 
 
 def _step(optimizer: Optimizer, steps: int) -> Any:
-    return MultiStepLR(optimizer, milestones=sorted({max(1, round(0.75 * steps)), max(1, round(0.9 * steps))}), gamma=0.1)
+    return MultiStepLR(
+        optimizer, milestones=sorted({max(1, round(0.75 * steps)), max(1, round(0.9 * steps))}), gamma=0.1
+    )
 
 
 def _onecycle(optimizer: Optimizer, steps: int) -> Any:
@@ -45,7 +47,7 @@ class Schedule:
     def __init__(self, scheduler: Any, optimizer: Optimizer, steps: int) -> None:
         self.per_step = isinstance(scheduler, str)
         self._optimizer = optimizer
-        self._before = [
+        self._before: list[dict[str, Any]] = [
             {key: group[key] for key in ("lr", "initial_lr", "max_lr", "min_lr") if key in group}
             for group in optimizer.param_groups
         ]
@@ -54,7 +56,9 @@ class Schedule:
             for group in optimizer.param_groups:
                 group.pop("initial_lr", None)  # an earlier run's, which torch would take for this one's
             self.scheduler = SCHEDULES[scheduler](optimizer, steps)
-        self._takes_metric = self.scheduler is not None and "metrics" in inspect.signature(self.scheduler.step).parameters
+        self._takes_metric = (
+            self.scheduler is not None and "metrics" in inspect.signature(self.scheduler.step).parameters
+        )
 
     @staticmethod
     def checked(scheduler: Any) -> Any:
@@ -63,7 +67,9 @@ class Schedule:
             _checks.one_of("scheduler", scheduler, SCHEDULES)
         elif scheduler is not None and not callable(getattr(scheduler, "step", None)):
             raise _checks.refuse(
-                "scheduler", type(scheduler).__name__, f"one of {', '.join(map(repr, SCHEDULES))} or an object with step()"
+                "scheduler",
+                type(scheduler).__name__,
+                f"one of {', '.join(map(repr, SCHEDULES))} or an object with step()",
             )
         return scheduler
 
@@ -87,7 +93,11 @@ class Schedule:
 
     def state_dict(self) -> dict[str, Any]:
         """:return: The scheduler's state, empty without one."""
-        return {} if self.scheduler is None or not hasattr(self.scheduler, "state_dict") else dict(self.scheduler.state_dict())
+        return (
+            {}
+            if self.scheduler is None or not hasattr(self.scheduler, "state_dict")
+            else dict(self.scheduler.state_dict())
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken."""
