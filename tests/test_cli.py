@@ -113,6 +113,31 @@ def test_a_users_own_network_and_weights_are_trained(folder, capsys, monkeypatch
     assert "do not fit the network" in capsys.readouterr().err
 
 
+def test_a_network_with_fsr_comes_back_with_its_layers(folder):
+    words = [
+        "train",
+        "fsr",
+        "--data",
+        str(folder / "few.npz"),
+        "--eps",
+        "0.1",
+        "--epochs",
+        "1",
+        "--quiet",
+        "--device",
+        "cpu",
+    ]
+    assert (
+        main([*words, "--set", "base=trades", "--set", "hidden=8", "--set", "beta=2", "--out", str(folder / "fsr")])
+        == 0
+    )
+    page = json.loads((folder / "fsr" / "run.json").read_text())
+    assert page["settings"]["base"] == "trades"
+    assert page["settings"]["beta"] == 2
+    assert page["network"]["fsr"] == {"layer3": {"hidden": 8, "tau": 0.1}}
+    assert sha256_of_tensors(load(folder / "fsr").model.state_dict()) == page["weights_sha256"]
+
+
 WRONG = {
     "method": (["train", "adv-gst", "--eps", "0.1", "--out", "OUT"], "did you mean 'adv-gsct'"),
     "network": (["train", "pgd-at", "--eps", "0.1", "--out", "OUT", "--network", "smal-cnn"], "small-cnn"),

@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = make_parser().parse_args(argv)
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # where the user's own package.module:factory lies; last, so that it shadows nothing
+        sys.path.append(
+            os.getcwd()
+        )  # where the user's own package.module:factory lies; last, so that it shadows nothing
     try:
         return int(args.run(args))
     except ArtSaliencyError as error:

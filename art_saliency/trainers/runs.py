@@ -13,7 +13,7 @@ from torch import nn
 from art_saliency import _checks
 from art_saliency.errors import CheckpointError
 from art_saliency.files import read_tensors, sha256_of_tensors, write_file, write_tensors
-from art_saliency.methods.fsr import fsr_layers, insert_fsr
+from art_saliency.methods.fsr import FSRLayer, fsr_layers, insert_fsr
 from art_saliency.networks import build_network
 from art_saliency.training.records import History, versions
 
@@ -73,9 +73,9 @@ def save(
     :raises InputError: When a run is there already and `force` is false.
     """
     path = claim_folder(folder, force=force)
-    layers = {
-        target: {"hidden": layer.hidden, "tau": layer.tau} for target, layer in fsr_layers(classifier.model).items()
-    }
+    has_fsr = any(isinstance(child, FSRLayer) for child in classifier.model.modules())
+    found = fsr_layers(classifier.model) if has_fsr else {}
+    layers = {target: {"hidden": layer.hidden, "tau": layer.tau} for target, layer in found.items()}
     weights = {name: value.detach().cpu() for name, value in classifier.model.state_dict().items()}
     page = {
         "schema": SCHEMA,
