@@ -40,6 +40,7 @@ from art_saliency.methods.fsr import (
     remove_fsr,
 )
 from art_saliency.methods.surgery import Inserted, TokenGrid, inserted
+from art_saliency.modes import evaluating
 from art_saliency.networks import build_network
 from art_saliency.randomness import RandomSource
 from art_saliency.threat import ThreatModel
@@ -1145,11 +1146,19 @@ def test_loss_of_two_train_mode_passes_takes_the_base_from_its_logits_and_the_re
     with capture(network) as captured:
         logits = network(adversarial)
         part = fsr_loss(logits, captured["body"], y, 0.5, 2.0)
+    with evaluating(network):
+        network(clean)  # a pass in eval mode counts for nothing
     torch.testing.assert_close(criterion(clean_logits, y), (base or F.cross_entropy)(clean_logits, y) + part.loss)
     with pytest.raises(InputError, match="no train-mode forward pass"):  # the pair was used up
         criterion(clean_logits, y)
     network.eval()
     assert torch.equal(criterion(clean_logits, y), (base or F.cross_entropy)(clean_logits, y))
+    criterion.reduction = "none"  # as ART's compute_loss sets it
+    if base is not F.multi_margin_loss:
+        expected = F.cross_entropy(
+            clean_logits, y, reduction="none", label_smoothing=getattr(base, "label_smoothing", 0.0)
+        )
+        assert torch.equal(criterion(clean_logits, y), expected)
     criterion.close()
     assert not network._forward_hooks
     assert not network.body.fsr.recording

@@ -115,6 +115,18 @@ def test_a_method_behaves_alike_on_0_to_1_and_on_0_to_255(method, digits):
         torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-2)
 
 
+def test_bytes_stand_for_0_to_255_and_binary_bytes_are_refused(digits):
+    x, y = torch.round(digits[0][:100] * 255).to(torch.uint8), digits[1][:100]
+    floats, as_bytes = classifier(), classifier()
+    FGSMTrainer(floats, eps=0.1).fit(x.float() / 255, y, **QUICK)
+    trainer = FGSMTrainer(as_bytes, eps=0.1)
+    trainer.fit(x.numpy(), y, **QUICK)
+    assert same(weights(floats.model), weights(as_bytes.model))
+    assert np.array_equal(trainer.predict(x), trainer.predict(x.float() / 255))
+    with pytest.raises(InputError, match="uint8 of 0 and 1 alone"):
+        trainer.fit((x > 100).to(torch.uint8), y, **QUICK)
+
+
 class FromBytes(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x / 255

@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--eps", type=fraction, default=0.2, help="Linf radius (default: %(default)s of the pixel range)"
     )
-    parser.add_argument("--epochs", type=int, default=25, help="passes over the images (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=20, help="passes over the images (default: %(default)s)")
     add_run_options(parser)
     parser.set_defaults(run=run)
 
@@ -48,7 +48,12 @@ def run(args: argparse.Namespace) -> int:
     budget = Budget(
         data=data,
         spec={"spec": "digits"},
-        network={"name": "small-cnn", "num_classes": data.num_classes, "input_shape": list(data.input_shape)},
+        network={
+            "name": "small-cnn",
+            "num_classes": data.num_classes,
+            "input_shape": list(data.input_shape),
+            "width": 24,
+        },
         threat=ThreatModel("Linf", args.eps),
         epochs=args.epochs,
         batch_size=128,

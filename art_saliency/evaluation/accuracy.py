@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from art_saliency import _checks
 from art_saliency.attacks import AttackLoss, pgd
+from art_saliency.data import to_unit
 from art_saliency.modes import evaluating
 from art_saliency.randomness import RandomSource
 from art_saliency.threat import ThreatModel
@@ -40,7 +41,7 @@ def _like(model: nn.Module, x: Tensor) -> Tensor:
 
 def _pixels(x: Tensor, like: Tensor) -> Tensor:
     x = x.to(like.device)
-    return (x.float() / 255 if x.dtype == torch.uint8 else x).to(like.dtype)
+    return to_unit(x).to(like.dtype)
 
 
 def _checked(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from art_saliency import _checks
+from art_saliency.data import to_unit
 from art_saliency.errors import UnsupportedModelError
 from art_saliency.evaluation._autoattack_backend import LOG, Messages, find_backend
 from art_saliency.evaluation._autoattack_guard import process_kept, seed_everything
@@ -161,7 +162,8 @@ def autoattack(
     backend, messages, began = find_backend(), Messages(), time.perf_counter()
     with process_kept(model, backend.counter):
         # On the CPU, from where AutoAttack moves batches, and contiguous: it takes views.
-        images, home = _checks.images(x).cpu().float().contiguous(), _home(model, device)
+        images = to_unit(_checks.images(x, allow_uint8=True)).cpu().float().contiguous()
+        home = _home(model, device)
         seed_everything(seed)
         logits = _logits(model, images[:batch_size].to(home))
         targets = _checks.labels(_checks.as_tensor("y", y).cpu(), len(images), logits.shape[1], soft=False)

@@ -73,7 +73,7 @@ def saliency_panel(
     agreement = cosine(*gradients)
     name = (lambda k: classes[k]) if classes is not None else str
     columns = len(x)
-    figure = Figure(figsize=(1.15 * columns + 1.1, 5.6), dpi=160)
+    figure = Figure(figsize=(1.15 * columns + 1.1, 5.9), dpi=160)
     FigureCanvasAgg(figure)
     axes = figure.subplots(4, columns, squeeze=False)
     rows = ("input", "adversarial\ninput", "saliency\nat input", "saliency at\nadversarial")
@@ -97,6 +97,6 @@ def saliency_panel(
         fontsize=6,
         ha="center",
     )
-    figure.tight_layout(rect=(0, 0.02, 1, 0.97), h_pad=0.4, w_pad=0.3)
+    figure.tight_layout(rect=(0, 0.025, 1, 0.98), h_pad=0.9, w_pad=0.3)
     figure.savefig(str(path))
     return Path(path)

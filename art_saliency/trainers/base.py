@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from art_saliency import _checks
+from art_saliency.data import to_unit
 from art_saliency.errors import UnsupportedModelError
 from art_saliency.methods.base import Objective
 from art_saliency.threat import ThreatModel
@@ -184,7 +185,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         """
         Train the classifier. Its weights change; its train/eval modes and its learning rate come back as they were.
 
-        :param x: (N, C, H, W) array or tensor within ``clip_values``; uint8 is fine for a range of 0 to 255.
+        :param x: (N, C, H, W) array or tensor within ``clip_values``; or uint8, which stands for 0 to 255 of the range.
         :param y: (N,) indices or (N, K) one-hot rows; soft labels where the method allows them.
         :param validation_data: (x, y) of held-out images: clean and PGD accuracy are measured on them and stand in the history.
         :param batch_size: Images a step.
@@ -243,7 +244,8 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         :return: (N, K).
         """
         low, high = self._network.low, self._network.high
-        images = _checks.images(x, low=low, high=high, shape=tuple(self._classifier.input_shape))
+        images, _ = self._images("x", x)
+        images = to_unit(images) * (high - low) + low if images.dtype == torch.uint8 else images
         result: np.ndarray[Any, Any] = self._classifier.predict(images.float().cpu().numpy(), **kwargs)
         return result
 
@@ -260,14 +262,24 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
 
         :return: (N, C, H, W) in [0, 1] or uint8 standing for it; (N,) int64 or (N, K) float32.
         """
-        low, high = self._network.low, self._network.high
-        shape = tuple(self._classifier.input_shape)
-        images = _checks.images(x, name=name, low=low, high=high, shape=shape, allow_uint8=(low, high) == (0.0, 255.0))
+        images, (low, high) = self._images(name, x)
         targets = _checks.labels(y, len(images), self._classifier.nb_classes, soft=self.objective.soft_labels)
         if images.dtype != torch.uint8:
             images = images.float()
             images = images if (low, high) == (0.0, 1.0) else ((images - low) / (high - low)).clamp_(0, 1)
         return images, targets
+
+    def _images(self, name: str, x: Any) -> tuple[Tensor, tuple[float, float]]:
+        low, high = self._network.low, self._network.high
+        whole_bytes = (low, high) in ((0.0, 255.0), (0.0, 1.0))
+        images = _checks.images(
+            x, name=name, low=low, high=high, shape=tuple(self._classifier.input_shape), allow_uint8=whole_bytes
+        )
+        if images.dtype == torch.uint8 and high == 1 and int(images.max()) <= 1:
+            raise _checks.refuse(
+                name, "uint8 of 0 and 1 alone", "uint8 from 0 to 255", "it would be divided by 255: convert it to float"
+            )
+        return images, (low, high)
 
     def _maps(
         self, images: Tensor, targets: Tensor, batches: Batches, epochs: int, options: RunOptions

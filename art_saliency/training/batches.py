@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from art_saliency.data import to_unit
 from art_saliency.methods.base import Batch
 from art_saliency.randomness import RandomSource
 
@@ -24,11 +25,6 @@ class Batches(Protocol):
 
     def epoch(self, random: RandomSource) -> Iterator[Batch]:
         """:return: The batches of one epoch, on the device."""
-
-
-def to_unit(x: Tensor) -> Tensor:
-    """:return: uint8 as float32 in [0, 1]; anything else as it is."""
-    return x.float().div_(255) if x.dtype == torch.uint8 else x
 
 
 class ResidentBatches:
