@@ -282,7 +282,11 @@ def test_a_zero_row_gives_exactly_1_and_exactly_no_derivative(dtype, zero):
     similarity = cosine(a, b)
     assert float(similarity.detach()[1]) == 1
     gradients = torch.autograd.grad(similarity.sum(), (a, b), create_graph=True)
-    second = torch.autograd.grad(sum(g.square().sum() for g in gradients), (a, b))
+    second = torch.autograd.grad(sum(g.square().sum() for g in gradients), (a, b), retain_graph=True)
+    with torch.autograd.set_detect_anomaly(True, check_nan=True):  # nor is a NaN made and masked on the way
+        watched = cosine(a, b)
+        again = torch.autograd.grad(watched.sum(), (a, b), create_graph=True)
+        torch.autograd.grad(sum(g.square().sum() for g in again), (a, b))
     for tensor in (*gradients, *second):
         assert bool(tensor.isfinite().all())
         assert not tensor[1].any()

@@ -21,9 +21,19 @@ import art_saliency
 from art_saliency.attacks import pgd
 from art_saliency.errors import ArtSaliencyError, InputError, UnknownOptionError, UnsupportedModelError
 from art_saliency.evaluation.accuracy import pgd_accuracy
+from art_saliency.methods import OBJECTIVES
+from art_saliency.methods.fsr import fsr_layers
 from art_saliency.threat import ThreatModel
 from art_saliency.trainers.base import ObjectiveTrainer
-from art_saliency.trainers.methods import TRAINERS, AdvGSCTTrainer, FGSMTrainer, PGDATTrainer, StandardTrainer
+from art_saliency.trainers.methods import (
+    TRAINERS,
+    AdvGSCTTrainer,
+    FGSMTrainer,
+    FSRTrainer,
+    JSIGRTrainer,
+    PGDATTrainer,
+    StandardTrainer,
+)
 from tests.method_settings import ROWS, classifier, small_network
 
 QUICK = {"nb_epochs": 1, "batch_size": 64, "seed": 0, "verbose": False}
@@ -343,6 +353,80 @@ def test_classifiers_that_cannot_be_trained_are_refused_by_name(kind, digits):
     with pytest.raises(error, match=words):
         StandardTrainer(art_classifier).fit(digits[0][:64], digits[1][:64], **QUICK)
     assert same(before, weights(art_classifier.model))
+
+
+@pytest.mark.parametrize("base", ["pgd-at", "trades", "mart", "alp", "aalp", "j-sigr", "adv-gsct"])
+def test_fsr_composes_with_every_base_and_its_auxiliary_loss_is_trained(base, digits):
+    x, y, x_test, _ = digits
+    art_classifier = classifier()
+    plain = classifier()
+    quick = {"max_iter": 2} if "max_iter" in OBJECTIVES[base].parameter_names() else {}
+    trainer = FSRTrainer(art_classifier, target="features", base=base, hidden=8, eps=0.1, **quick)
+    assert list(fsr_layers(art_classifier.model)) == ["features"]
+    before = {name: value.clone() for name, value in art_classifier.model.state_dict().items() if ".fsr." in name}
+    trainer.fit(x[:192], y[:192], **{**QUICK, "nb_epochs": 2})
+    record, after = trainer.history[-1], art_classifier.model.state_dict()
+    assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith("weight")), (
+        "a part was not trained"
+    )
+    added = set(record) - set(_terms_without_fsr(plain, base, quick, x, y))
+    assert len(added) >= 2, added
+    assert np.array_equal(trainer.predict(x_test), trainer.predict(x_test)), "noise outside of training"
+
+
+def _terms_without_fsr(art_classifier, base, quick, x, y):
+    trainer = TRAINERS[base](art_classifier, eps=0.1, **quick)
+    trainer.fit(x[:64], y[:64], **QUICK)
+    return trainer.history[-1]
+
+
+def test_fsr_refuses_a_scheduler_that_does_not_know_its_parameters(digits):
+    art_classifier = classifier()
+    early = torch.optim.lr_scheduler.StepLR(art_classifier.optimizer, 1)
+    trainer = FSRTrainer(art_classifier, target="features", hidden=8, eps=0.1, max_iter=2)
+    with pytest.raises(InputError, match="build it after FSRTrainer"):
+        trainer.fit(digits[0][:64], digits[1][:64], scheduler=early, **QUICK)
+    late = torch.optim.lr_scheduler.StepLR(art_classifier.optimizer, 1)
+    trainer.fit(digits[0][:64], digits[1][:64], scheduler=late, **QUICK)
+
+
+def test_fsr_that_cannot_be_inserted_leaves_network_and_optimizer_alone(digits):
+    art_classifier = classifier()
+    before, groups = weights(art_classifier.model), len(art_classifier.optimizer.param_groups)
+    for bad, words in (
+        ({"target": "layer9"}, "layer9"),
+        ({"target": "linear"}, "linear"),
+        ({"target": "features", "base": "pdg-at"}, "pgd-at"),
+    ):
+        with pytest.raises(ArtSaliencyError, match=words):
+            FSRTrainer(art_classifier, eps=0.1, **bad)
+        assert same(before, weights(art_classifier.model))
+        assert len(art_classifier.optimizer.param_groups) == groups
+
+
+def test_j_sigr_takes_a_teacher_and_keeps_its_maps(digits, tmp_path, capsys):
+    x, y = digits[0][:128], digits[1][:128]
+    teacher = classifier()
+    StandardTrainer(teacher).fit(x, y, **{**QUICK, "nb_epochs": 3})
+    teacher_before = weights(teacher.model)
+    found = []
+    for _ in range(2):
+        art_classifier = classifier()
+        trainer = JSIGRTrainer(art_classifier, eps=0.1, teacher=teacher, maps_file=tmp_path / "maps.pt")
+        trainer.fit(x, y, **{**QUICK, "verbose": True})
+        found.append(weights(art_classifier.model))
+        made = (tmp_path / "maps.pt").stat().st_mtime_ns
+    assert same(*found)
+    assert (tmp_path / "maps.pt").stat().st_mtime_ns == made
+    assert same(teacher_before, weights(teacher.model))
+    untaught = JSIGRTrainer(classifier(), eps=0.1, teacher_epochs=1)
+    capsys.readouterr()
+    untaught.fit(x, y, **{**QUICK, "verbose": True})
+    shown = capsys.readouterr().err
+    assert "teacher" in shown
+    assert "saliency maps" in shown
+    with pytest.raises(InputError, match="a torch module, an ART classifier or None"):
+        JSIGRTrainer(classifier(), eps=0.1, teacher="best.pt")
 
 
 def test_pgd_training_agrees_with_arts_own_trainer(digits):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
@@ -22,6 +23,7 @@ from art_saliency.errors import UnsupportedModelError
 from art_saliency.methods.base import Objective
 from art_saliency.threat import ThreatModel
 from art_saliency.trainers.network import ClassifierNetwork, check_trainable
+from art_saliency.trainers.teacher import teacher_maps, trained_teacher
 from art_saliency.training.batches import Augment, Batches, ResidentBatches, StreamedBatches
 from art_saliency.training.engine import PRECISIONS, Engine
 from art_saliency.training.extensions import Extension, OverfittingWatch, Validation
@@ -91,6 +93,8 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
     """
 
     objective_class: ClassVar[type[Objective]]
+    teacher_epochs: int | None = None
+    maps_file: str | os.PathLike[str] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Show the objective's own parameters in ``help()`` and in editors."""
@@ -284,8 +288,18 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
     def _maps(
         self, images: Tensor, targets: Tensor, batches: Batches, epochs: int, options: RunOptions
     ) -> dict[str, Any]:
-        """Per-image maps that the augmentation moves with the images, for methods that need them."""
-        return {}
+        """Per-image maps that the augmentation moves with the images, where the objective reads them."""
+        objective: Any = self.objective
+        if not objective.needs_maps:
+            return {}
+        # The objective keeps no teacher that was trained here: a second fit starts from a network of its own.
+        teacher = objective.teacher
+        if teacher is None:
+            epochs = self.teacher_epochs or epochs
+            engine = Engine(self._device)
+            teacher = trained_teacher(self._network, self._classifier.optimizer, batches, epochs, engine, options)
+        x, y = images.to(self._device), targets.to(self._device)
+        return teacher_maps(objective, teacher, x, y, maps_file=self.maps_file, verbose=options.verbose)
 
     def _check_run(self, batch_size: int, nb_epochs: int, scheduler: Any) -> None:
         _checks.whole("batch_size", batch_size, least=1)
