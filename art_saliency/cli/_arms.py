@@ -65,14 +65,14 @@ def run_arm(arm: str, budget: Budget, out: Path) -> dict[str, Any]:
     """
     import torch
 
+    from art_saliency.attacks import pgd
+    from art_saliency.data import to_unit
     from art_saliency.evaluation.figures import saliency_panel
     from art_saliency.evaluation.summary import summarise
     from art_saliency.methods.base import Batch
     from art_saliency.networks import build_network
     from art_saliency.trainers.methods import TRAINERS
     from art_saliency.trainers.runs import make_classifier, save
-    from art_saliency.attacks import pgd
-    from art_saliency.data import to_unit
     from art_saliency.training.cost import forward_backward_passes
 
     data, device, threat = budget.data, budget.device, budget.threat

@@ -84,7 +84,6 @@ class Objective(nn.Module):
     :cvar soft_labels: Whether (N, K) labels are allowed.
     :cvar single_step: Whether the inner maximisation takes one step, so that catastrophic overfitting is to be watched for.
     :cvar needs_target_model: Whether ``batch.target_model`` must be there.
-    :cvar needs_maps: Whether ``batch.maps`` is read: the trainer then computes them once, by ``cached_maps`` and ``full_maps``.
     """
 
     name: ClassVar[str]
@@ -92,7 +91,11 @@ class Objective(nn.Module):
     soft_labels: ClassVar[bool] = False
     single_step: ClassVar[bool] = False
     needs_target_model: bool = False
-    needs_maps: bool = False
+
+    @property
+    def needs_maps(self) -> bool:
+        """Whether ``batch.maps`` is read: the trainer then makes them once, by ``cached_maps`` and ``full_maps``."""
+        return False
 
     @abstractmethod
     def forward(self, model: nn.Module, batch: Batch) -> LossTerms:
