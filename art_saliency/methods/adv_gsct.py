@@ -8,6 +8,7 @@ Adv-GSCT: adversarially gradient-based saliency consensus training, a reconstruc
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ __all__ = [
     "PSEUDO_INPUTS",
     "SALIENCIES",
     "AdvGSCT",
+    "Ingredients",
     "consensus_loss",
     "l2_consensus_loss",
     "linearity_error",
@@ -100,66 +102,49 @@ OFFENDING: dict[str, Callable[[Tensor, ThreatModel, RandomSource | None], Tensor
 
 # --- pseudo-input: "a constructed pseudo-input, coupled with feature importance" --------------------------------------
 
-PseudoInput = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float, ThreatModel, "RandomSource | None"], Tensor]
-"""(x, x0, ascent direction, mask, baseline, alpha, threat, random) -> x~, before it is projected into the ball."""
+
+class Ingredients(NamedTuple):
+    """
+    What a pseudo-input is made of; images are (N, C, H, W) in [0, 1].
+
+    :ivar x: The clean images. :ivar x0: Where the learned saliency was taken. :ivar ascent: Its unit ascent direction.
+    :ivar mask: (N, 1, H, W), 1 on the essential pixels. :ivar baseline: What a pixel without information looks like.
+    :ivar alpha: Length of the ascent step. :ivar threat: Norm and radius. :ivar random: Where random numbers come from.
+    """
+
+    x: Tensor
+    x0: Tensor
+    ascent: Tensor
+    mask: Tensor
+    baseline: Tensor
+    alpha: float
+    threat: ThreatModel
+    random: RandomSource | None
 
 
-def essential(
-    x: Tensor,
-    x0: Tensor,
-    ascent: Tensor,
-    mask: Tensor,
-    baseline: Tensor,
-    alpha: float,
-    threat: ThreatModel,
-    random: RandomSource | None,
-) -> Tensor:
-    """:return: "The least but essential information": essential pixels go to the worst case, the others lose information."""
-    return x + mask * (x0 - x + alpha * ascent) + (1 - mask) * threat.eps * threat.ascent_direction(baseline - x)
+PseudoInput = Callable[[Ingredients], Tensor]
+"""-> x~ (N, C, H, W), before it is projected into the ball."""
 
 
-def one_step(
-    x: Tensor,
-    x0: Tensor,
-    ascent: Tensor,
-    mask: Tensor,
-    baseline: Tensor,
-    alpha: float,
-    threat: ThreatModel,
-    random: RandomSource | None,
-) -> Tensor:
+def one_step(given: Ingredients) -> Tensor:
     """:return: Every pixel goes to the worst case, whatever its importance (a control)."""
-    return x0 + alpha * ascent
+    return given.x0 + given.alpha * given.ascent
 
 
-def lowest_noise(
-    x: Tensor,
-    x0: Tensor,
-    ascent: Tensor,
-    mask: Tensor,
-    baseline: Tensor,
-    alpha: float,
-    threat: ThreatModel,
-    random: RandomSource | None,
-) -> Tensor:
+def essential(given: Ingredients) -> Tensor:
+    """:return: "The least but essential information": essential pixels go to the worst case, the others lose information."""
+    drained = given.x + given.threat.eps * given.threat.ascent_direction(given.baseline - given.x)
+    return torch.where(given.mask > 0, one_step(given), drained)
+
+
+def lowest_noise(given: Ingredients) -> Tensor:
     """:return: Unimportant pixels become noise (as in saliency-guided training, Ismail et al. 2021)."""
-    return x + mask * (x0 - x + alpha * ascent) + (1 - mask) * (uniform(x, random) - x)
+    return torch.where(given.mask > 0, one_step(given), uniform(given.x, given.random))
 
 
-def convex_mix(
-    x: Tensor,
-    x0: Tensor,
-    ascent: Tensor,
-    mask: Tensor,
-    baseline: Tensor,
-    alpha: float,
-    threat: ThreatModel,
-    random: RandomSource | None,
-) -> Tensor:
+def convex_mix(given: Ingredients) -> Tensor:
     """:return: Unimportant pixels go half-way between the worst case and the baseline."""
-    worst = one_step(x, x0, ascent, mask, baseline, alpha, threat, random)
-    drained = essential(x, x0, ascent, mask, baseline, alpha, threat, random)
-    return (worst + drained) / 2
+    return (one_step(given) + essential(given)) / 2
 
 
 PSEUDO_INPUTS: dict[str, PseudoInput] = {
@@ -281,8 +266,8 @@ class AdvGSCT(Objective):
         mask = top_share_mask(importance(g), 1 - self.rho, random)
         alpha = self.eps if self.eps_step is None else self.eps_step
         ascent = self.threat.ascent_direction(g)
-        constructed = self._construct(x, x0, ascent, mask, self._baseline(x), alpha, self.threat, random)
-        return self.threat.project(constructed, x).detach(), mask
+        given = Ingredients(x, x0, ascent, mask, self._baseline(x), alpha, self.threat, random)
+        return self.threat.project(self._construct(given), x).detach(), mask
 
     def forward(self, model: nn.Module, batch: Batch) -> LossTerms:
         """See :class:`Objective`. Terms: ce, consensus, l2_consensus, prediction_consensus, linearity."""
