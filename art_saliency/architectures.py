@@ -65,11 +65,13 @@ class _Chain(nn.Module):
 
 class SmallCNN(_Chain):
     """
-    Three convolutions, for digits of 8 x 8 to 28 x 28; its last feature map is ``layer3``, half as high and wide.
+    Three convolutions, for digits of 8 x 8 to 28 x 28; its last feature map is ``layer3``, half as high and wide, or a quarter.
 
     :param num_classes: K.
     :param in_channels: C.
     :param width: Channels of the first layer; the other two have twice as many.
+    :param stem_stride: Of the first layer. With 1 a feature sees 9 x 9 pixels, with 2 it sees 15 x 15: at 28 x 28 adversarial
+        training of the former does not leave the plateau on which one class is predicted for everything.
     :param activation: A name of :data:`ACTIVATIONS`, or a function like those there.
     :param mean: Of each channel, in units of [0, 1]; ``None`` is 0.
     :param std: Of each channel, in units of [0, 1]; ``None`` is 1.
@@ -83,6 +85,7 @@ class SmallCNN(_Chain):
         in_channels: int = 1,
         *,
         width: int = 32,
+        stem_stride: int = 1,
         activation: str | ActivationFactory = "relu",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -90,7 +93,7 @@ class SmallCNN(_Chain):
         super().__init__()
         add_normalisation(self, in_channels, mean, std)
         act = _activation(activation)
-        self.layer1 = nn.Sequential(nn.Conv2d(in_channels, width, 3, padding=1), act())
+        self.layer1 = nn.Sequential(nn.Conv2d(in_channels, width, 3, stride=stem_stride, padding=1), act())
         self.layer2 = nn.Sequential(nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), act())
         self.layer3 = nn.Sequential(nn.Conv2d(2 * width, 2 * width, 3, padding=1), act())
         self.linear = nn.Linear(2 * width, num_classes)

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -46,6 +47,7 @@ NetworkFactory = Callable[..., nn.Module]
 
 NETWORKS: dict[str, NetworkFactory] = {
     "small-cnn": SmallCNN,
+    "mnist-cnn": partial(SmallCNN, stem_stride=2),
     "resnet18": ResNet18,
     "preactresnet18": PreActResNet18,
     "wrn-28-10": lambda width=10, **options: WideResNet(depth=28, widen_factor=width, **options),
@@ -55,8 +57,9 @@ NETWORKS: dict[str, NetworkFactory] = {
 
 
 def default_network(input_shape: Sequence[int]) -> str:
-    """:param input_shape: (C, H, W). :return: The name of a network that suits it: the small one up to 28 x 28."""
-    return "small-cnn" if max(_shape(input_shape)[1:]) <= 28 else "resnet18"
+    """:param input_shape: (C, H, W). :return: The name of a network that suits it: small ones up to 16 and 28 pixels a side."""
+    side = max(_shape(input_shape)[1:])
+    return "small-cnn" if side <= 16 else "mnist-cnn" if side <= 28 else "resnet18"
 
 
 def build_network(

@@ -90,11 +90,29 @@ def test_during_warm_up_the_weights_rise_linearly():
     model = smooth_network()
     losses = {}
     for progress in (0.0, 0.1, 0.2, 1.0):
-        losses[progress] = float(AdvGSCT(eps=0.1, warmup_share=0.2)(model, batch(progress=progress)).loss)
-    ce = float(AdvGSCT(eps=0.1, **OFF)(model, batch()).loss)
+        objective = AdvGSCT(eps=0.1, warmup_share=0.2, eps_warmup_share=0.0)
+        losses[progress] = objective(model, batch(progress=progress)).loss.item()
+    ce = AdvGSCT(eps=0.1, **OFF)(model, batch()).loss.item()
     assert losses[0.0] == pytest.approx(ce)
     assert losses[0.1] - ce == pytest.approx((losses[0.2] - ce) / 2)
     assert losses[0.2] == pytest.approx(losses[1.0])
+
+
+def test_the_radius_rises_linearly_from_the_clean_image():
+    data = batch(count=8)
+    objective, g = AdvGSCT(eps=0.08, eps_warmup_share=0.5), torch.randn_like(data.x)
+    for radius in (0.0, 0.25, 1.0):
+        x_pseudo, _ = objective.pseudo_inputs(data.x, data.x, g, radius=radius)
+        assert float((x_pseudo - data.x).abs().max()) == pytest.approx(radius * 0.08)
+    model = smooth_network()
+    data.progress = 0.0
+    clean = nn.functional.cross_entropy(model(data.x), data.y).item()
+    assert objective(model, data).terms["ce"].item() == pytest.approx(clean)
+    data.progress, data.random = 0.25, RandomSource(0)
+    half = AdvGSCT(eps=0.04, warmup_share=0.5, eps_warmup_share=0.0)
+    expected = half(model, data).loss.item()
+    data.random = RandomSource(0)
+    assert AdvGSCT(eps=0.08, warmup_share=0.5, eps_warmup_share=0.5)(model, data).loss.item() == pytest.approx(expected)
 
 
 def test_identical_saliencies_cost_nothing_and_opposite_ones_cost_two():

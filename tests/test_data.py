@@ -271,11 +271,20 @@ def test_float_images_become_float32(tmp_path, dtype):
     assert np.array_equal(data.x_train.numpy(), x["x_train"].astype(np.float32))
 
 
-def test_npy_files_are_mapped_not_read(tmp_path):
-    folder = npy(tmp_path / "folder", arrays())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        data = load_data(folder)
+@pytest.mark.parametrize("last", [False, True])
+def test_npy_files_are_mapped_not_read(tmp_path, last):
+    content = arrays()
+    if last:
+        content = {name: x.transpose(0, 2, 3, 1).copy() if x.ndim == 4 else x for name, x in content.items()}
+    folder = npy(tmp_path / "folder", content)
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # or the warning would be given once a process, to whichever test comes first
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            data = load_data(folder)
+    finally:
+        torch.set_warn_always(always)
     before = data.x_train[-1, -1, -1, -1].item()
     with (folder / "x_train.npy").open("r+b") as file:  # what is mapped shows what happens to the file
         file.seek(-1, 2)

@@ -620,7 +620,7 @@ def test_surgery_on_networks_never_seen_keeps_their_names_and_is_undone_by_remov
     (layer,) = fsr_layers(network).values()
     assert list(fsr_layers(network)) == [target]
     assert layer.channels == channels
-    assert not layer.training
+    assert not any(module.training for module in network.modules())
     torch.testing.assert_close(network(x), plain, atol=0, rtol=0)  # zero_init: nothing has changed yet
     assert type(network.get_submodule(target)) is Inserted
     assert not isinstance(network.get_submodule(target), nn.Sequential)

@@ -126,7 +126,7 @@ def test_robustbench_loads_the_weights_strictly_and_gives_the_same_logits(
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "small-cnn"])
+@pytest.mark.parametrize("name", [name for name in NETWORKS if not name.endswith("-cnn")])
 def test_the_full_size_networks_have_robustbench_s_tensors(name: str) -> None:
     with torch.device("meta"):
         ours, robustbench = build_network(name, num_classes=10, input_shape=(3, 32, 32)), theirs(name)
@@ -194,6 +194,7 @@ def test_every_submodule_is_called_once_a_pass(name: str) -> None:
     ("name", "target", "shape"),
     [
         ("small-cnn", "layer3", (64, 16, 16)),
+        ("mnist-cnn", "layer3", (64, 8, 8)),
         ("resnet18", "layer4", (512, 4, 4)),
         ("preactresnet18", "layer4", (512, 4, 4)),
         ("wrn-28-10", "relu", (640, 8, 8)),
@@ -334,7 +335,7 @@ def test_the_small_network_keeps_the_scale_of_its_input() -> None:
 
 
 def test_the_default_network_is_small_up_to_28_pixels() -> None:
-    shapes = {(1, 8, 8): "small-cnn", (3, 28, 28): "small-cnn", (1, 8, 29): "resnet18", (3, 32, 32): "resnet18"}
+    shapes = {(1, 8, 8): "small-cnn", (3, 28, 28): "mnist-cnn", (1, 8, 29): "resnet18", (3, 32, 32): "resnet18"}
     assert {shape: default_network(shape) for shape in shapes} == shapes
     assert set(shapes.values()) <= set(NETWORKS)
 

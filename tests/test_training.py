@@ -223,8 +223,9 @@ class AddsALoss(nn.Module):
 def test_the_loop_adds_what_the_network_itself_brings(engine, digits):
     model = AddsALoss()
     _, history, _ = run(engine, digits, model=model, epochs=1)
-    assert len(model.steps) == 4
-    assert all(isinstance(source, RandomSource) for source in model.steps)
+    assert len(model.steps) == 5
+    assert all(isinstance(source, RandomSource) for source in model.steps[:-1])
+    assert model.steps[-1] is None, "the last step was not forgotten"
     assert model.extra.item() < 2
     record = history[0]
     assert record["loss"] == pytest.approx(record["ce_clean"] + record["extra"], rel=1e-5)

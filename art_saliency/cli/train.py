@@ -67,7 +67,9 @@ def add_parser(commands: Any) -> None:
     run_group = parser.add_argument_group("run")
     run_group.add_argument("--epochs", type=int, default=20, help="passes over the data (default: %(default)s)")
     run_group.add_argument("--batch-size", type=int, default=128, help="images a step (default: %(default)s)")
-    run_group.add_argument("--optimizer", choices=sorted(_RECIPES), help="default: adam for small-cnn, else sgd")
+    run_group.add_argument(
+        "--optimizer", choices=sorted(_RECIPES), help="default: adam for small-cnn and mnist-cnn, else sgd"
+    )
     run_group.add_argument("--lr", type=float, help="highest learning rate (default: 0.01 for adam, 0.1 for sgd)")
     run_group.add_argument("--weight-decay", type=float, help="default: 0 for adam, 5e-4 for sgd")
     run_group.add_argument(
@@ -204,7 +206,7 @@ def _optimizer(model: Any, args: argparse.Namespace, network: str) -> Any:
 
     from art_saliency import _checks
 
-    kind = args.optimizer or ("adam" if network == "small-cnn" else "sgd")
+    kind = args.optimizer or ("adam" if network in ("small-cnn", "mnist-cnn") else "sgd")
     lr = _RECIPES[kind] if args.lr is None else _checks.real("--lr", args.lr, above=0)
     decay = (
         (0.0 if kind == "adam" else 5e-4)

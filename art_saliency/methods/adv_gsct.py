@@ -205,6 +205,8 @@ class AdvGSCT(Objective):
     :param prediction_consensus: Weight of :func:`prediction_divergence`.
     :param linearity: Weight of :func:`linearity_error`.
     :param warmup_share: The share of the run over which these four weights rise from 0.
+    :param eps_warmup_share: The share of the run over which the radius rises from 0: a network that is met with the full one at
+        first may never leave the plateau on which it predicts one class for everything.
     :param saliency: What is differentiated: ``"loss"``, ``"logit"`` or ``"margin"``, or a function (logits, y) -> (N,).
     :param offending: Where the learned saliency is taken: ``"random-start"``, ``"zero-start"``, ``"noise-augmented"``.
     :param pseudo_input: ``"essential"``, ``"one-step"``, ``"lowest-noise"``, ``"convex-mix"``.
@@ -228,6 +230,7 @@ class AdvGSCT(Objective):
         prediction_consensus: float = 3.0,
         linearity: float = 0.0,
         warmup_share: float = 0.2,
+        eps_warmup_share: float = 0.3,
         saliency: str | Callable[[Tensor, Tensor], Tensor] = "loss",
         offending: str | Callable[[Tensor, ThreatModel, RandomSource | None], Tensor] = "random-start",
         pseudo_input: str | PseudoInput = "essential",
@@ -245,6 +248,7 @@ class AdvGSCT(Objective):
         self.prediction_consensus = _checks.real("prediction_consensus", prediction_consensus, least=0)
         self.linearity = _checks.real("linearity", linearity, least=0)
         self.warmup_share = _checks.real("warmup_share", warmup_share, least=0, most=1)
+        self.eps_warmup_share = _checks.real("eps_warmup_share", eps_warmup_share, least=0, most=1)
         self.saliency, self._score = saliency, _checks.function("saliency", saliency, SALIENCIES)
         self.offending, self._start = offending, _checks.function("offending", offending, OFFENDING)
         self.pseudo_input, self._construct = pseudo_input, _checks.function("pseudo_input", pseudo_input, PSEUDO_INPUTS)
@@ -254,26 +258,30 @@ class AdvGSCT(Objective):
         self.needs_target_model = target_network == "ema"
 
     def pseudo_inputs(
-        self, x: Tensor, x0: Tensor, g: Tensor, random: RandomSource | None = None
+        self, x: Tensor, x0: Tensor, g: Tensor, random: RandomSource | None = None, *, radius: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """
         "The most offending case, representing the least but essential information scenario".
 
         :param x: (N, C, H, W) in [0, 1]. :param x0: Where `g` was taken. :param g: (N, C, H, W) learned saliency.
+        :param radius: The share of eps that is allowed yet, 0 to 1.
         :return: x~ (N, C, H, W) in the ball, and the mask (N, 1, H, W) of the pixels held essential; both detached.
         """
-        g = g.detach()
+        g, threat = g.detach(), self._within(radius)
         mask = top_share_mask(importance(g), 1 - self.rho, random)
-        alpha = self.eps if self.eps_step is None else self.eps_step
-        ascent = self.threat.ascent_direction(g)
-        given = Ingredients(x, x0, ascent, mask, self._baseline(x), alpha, self.threat, random)
-        return self.threat.project(self._construct(given), x).detach(), mask
+        alpha = radius * (self.eps if self.eps_step is None else self.eps_step)
+        given = Ingredients(x, x0, threat.ascent_direction(g), mask, self._baseline(x), alpha, threat, random)
+        return threat.project(self._construct(given), x).detach(), mask
+
+    def _within(self, radius: float) -> ThreatModel:
+        return self.threat if radius == 1 else ThreatModel(self.norm, radius * self.eps)
 
     def forward(self, model: nn.Module, batch: Batch) -> LossTerms:
         """See :class:`Objective`. Terms: ce, consensus, l2_consensus, prediction_consensus, linearity."""
         x, y, weight = batch.x, batch.y, warmup(batch.progress, self.warmup_share)
         need_g = self.consensus > 0 or self.l2_consensus > 0 or self.linearity > 0
-        x0 = self._start(x, self.threat, batch.random).detach().requires_grad_(True)
+        radius = warmup(batch.progress, self.eps_warmup_share)
+        x0 = self._start(x, self._within(radius), batch.random).detach().requires_grad_(True)
         with batch_statistics_kept(model):
             clean_loss = cross_entropy(model(x), y).mean() if self.label_on == "both" else None
             logits0 = model(x0)
@@ -281,7 +289,7 @@ class AdvGSCT(Objective):
         # "Intermediate gradient-based saliency": of the model as it stands in mid-training; the graph is kept for the consensus.
         g = input_gradient(score0.sum(), x0, create_graph=need_g, retain_graph=self.prediction_consensus > 0)
 
-        x_pseudo, mask = self.pseudo_inputs(x, x0.detach(), g, batch.random)
+        x_pseudo, mask = self.pseudo_inputs(x, x0.detach(), g, batch.random, radius=radius)
         x_pseudo.requires_grad_(True)
         logits = model(x_pseudo)  # the last train-mode forward of the step: it alone moves BatchNorm's statistics
         score = self._score(logits, y)

@@ -319,7 +319,7 @@ def remove_inserted(model: nn.Module, target: str | None, name: str) -> nn.Modul
         _checks.one_of("target", target, places)
     elif not places:
         warn(f"model: got a network without any {name!r} layer, nothing was removed", NoEffectWarning, stacklevel=3)
-    for place in reversed(places) if target is None else [target]:  # inner ones first
+    for place in places if target is None else [target]:
         _replace(model, place, places[place].inner)
     return model
 

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from art_saliency import _checks
-from art_saliency.data import to_unit
+from art_saliency.data import stratified_split, to_unit
 from art_saliency.errors import UnsupportedModelError
 from art_saliency.methods.base import Objective
 from art_saliency.threat import ThreatModel
@@ -354,15 +354,15 @@ def _pair(validation_data: Any) -> tuple[Any, Any]:
 
 
 def _hold_out(x: Tensor, y: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Split off a validation set at random, the same for the same seed."""
+    """Split off a validation set at random, class by class, the same for the same seed."""
     count = max(1, round(share * len(x)))
     if count >= len(x):
         raise _checks.refuse(
             "validation_split", f"{share:g} of {len(x)} images", "a share that leaves images to train on"
         )
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    held, kept = order[:count].sort().values, order[count:].sort().values
-    return x[kept], y[kept], (x[held], y[held] if y.ndim == 1 else y[held].argmax(1))
+    hard = y if y.ndim == 1 else y.argmax(1)
+    kept, held = stratified_split(hard, count, seed)
+    return x[kept], y[kept], (x[held], hard[held])
 
 
 def _stream(generator: Any) -> tuple[Callable[[], Iterator[Any]], int, int]:

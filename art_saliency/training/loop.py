@@ -230,4 +230,6 @@ def train(
                 history.records.append(record)
     finally:
         schedule.restore()
+        for module in auxiliary_modules(model):
+            module.start_step(None)  # else it keeps the last step's tensors and random source
     return history
