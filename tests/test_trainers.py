@@ -206,6 +206,28 @@ def test_the_signature_shows_the_methods_own_parameters():
     assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for name, p in parameters.items() if name != "classifier")
 
 
+@pytest.mark.parametrize("method", ROWS)
+def test_bfloat16_trains_first_order_methods_and_is_refused_for_the_others(method, digits):
+    x, y, x_test, y_test = digits
+    art_classifier = classifier()
+    trainer = ROWS[method].trainer(art_classifier, **ROWS[method].settings)
+    before = weights(art_classifier.model)
+    options = {**QUICK, "nb_epochs": 6, "precision": "bf16-mixed"}
+    if trainer.objective.double_backward:
+        with pytest.raises(InputError, match="precision: got 'bf16-mixed', expected '32-true'"):
+            trainer.fit(x[:64], y[:64], **options)
+        assert same(before, weights(art_classifier.model))
+        return
+    trainer.fit(x, y, **options)
+    assert all(
+        value.dtype == torch.float32
+        for value in art_classifier.model.state_dict().values()
+        if value.is_floating_point()
+    )
+    assert float((trainer.predict(x_test).argmax(1) == y_test.numpy()).mean()) > 0.5
+    assert trainer.history.meta["precision"] == "bf16-mixed"
+
+
 def test_validation_never_touches_the_weights_and_is_measured_when_asked(digits):
     x, y, x_test, y_test = digits
     plain, validated = classifier(), classifier()

@@ -217,6 +217,7 @@ class AdvGSCT(Objective):
 
     name = "adv-gsct"
     single_step = True
+    double_backward = True
 
     def __init__(
         self,

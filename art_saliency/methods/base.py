@@ -83,6 +83,7 @@ class Objective(nn.Module):
         ``clip_values``.
     :cvar soft_labels: Whether (N, K) labels are allowed.
     :cvar single_step: Whether the inner maximisation takes one step, so that catastrophic overfitting is to be watched for.
+    :cvar double_backward: Whether the loss holds input gradients; such terms are formed in float32 only.
     :cvar needs_target_model: Whether ``batch.target_model`` must be there.
     """
 
@@ -90,6 +91,7 @@ class Objective(nn.Module):
     pixel_units: ClassVar[tuple[str, ...]] = ("eps", "eps_step")
     soft_labels: ClassVar[bool] = False
     single_step: ClassVar[bool] = False
+    double_backward: ClassVar[bool] = False
     needs_target_model: bool = False
 
     @property

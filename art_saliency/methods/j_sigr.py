@@ -168,6 +168,7 @@ class JSIGR(Objective):
     """
 
     name = "j-sigr"
+    double_backward: ClassVar[bool] = True
     pixel_units: ClassVar[tuple[str, ...]] = ("eps",)
     map_fill: ClassVar[float] = 0.0
     """What augmentation pads maps with: S = 0, so M = 1."""

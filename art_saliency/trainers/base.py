@@ -199,7 +199,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
             ``validate_every``, ``validation_split``, ``extensions``, ``verbose``. An unknown keyword is refused.
         """
         options = RunOptions.checked(f"{type(self).__name__}.fit", kwargs)
-        self._check_run(batch_size, nb_epochs, scheduler)
+        self._check_run(batch_size, nb_epochs, scheduler, options)
         images, targets = self.prepare(x, y)
         validation = None if validation_data is None else self.prepare(*_pair(validation_data), name="validation_data")
         if validation is None and options.validation_split:
@@ -230,7 +230,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
                 "validation_split", str(options.validation_split), "0 for a stream", "give validation_data"
             )
         make, steps, batch_size = _stream(generator)
-        self._check_run(batch_size, nb_epochs, scheduler)
+        self._check_run(batch_size, nb_epochs, scheduler, options)
         self._check_batches(2, batch_size)
         validation = None if validation_data is None else self.prepare(*_pair(validation_data), name="validation_data")
         options = options.seeded()
@@ -301,7 +301,14 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         x, y = images.to(self._device), targets.to(self._device)
         return teacher_maps(objective, teacher, x, y, maps_file=self.maps_file, verbose=options.verbose)
 
-    def _check_run(self, batch_size: int, nb_epochs: int, scheduler: Any) -> None:
+    def _check_run(self, batch_size: int, nb_epochs: int, scheduler: Any, options: RunOptions) -> None:
+        if options.precision != "32-true" and self.objective.double_backward:
+            # An input gradient under bf16 autocast was measured 21 % off: a penalty on it would be on noise.
+            raise _checks.refuse(
+                "precision",
+                repr(options.precision),
+                f"'32-true' for {self.method_name()}, which differentiates input gradients",
+            )
         _checks.whole("batch_size", batch_size, least=1)
         _checks.whole("nb_epochs", nb_epochs, least=1)
         Schedule.checked(scheduler)

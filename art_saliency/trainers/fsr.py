@@ -13,7 +13,7 @@ from art_saliency.methods import OBJECTIVES
 from art_saliency.methods.base import Objective
 from art_saliency.methods.baselines import PGDAT
 from art_saliency.methods.fsr import FSRLayer, insert_fsr
-from art_saliency.trainers.base import ObjectiveTrainer
+from art_saliency.trainers.base import ObjectiveTrainer, RunOptions
 from art_saliency.trainers.network import check_trainable
 
 __all__ = ["FSRTrainer"]
@@ -113,8 +113,8 @@ class FSRTrainer(ObjectiveTrainer):
             return self._base
         return super()._make_objective(_base_class(self._base), parameters)
 
-    def _check_run(self, batch_size: int, nb_epochs: int, scheduler: Any) -> None:
-        super()._check_run(batch_size, nb_epochs, scheduler)
+    def _check_run(self, batch_size: int, nb_epochs: int, scheduler: Any, options: RunOptions) -> None:
+        super()._check_run(batch_size, nb_epochs, scheduler, options)
         rates = getattr(scheduler, "base_lrs", None)
         if rates is not None and len(rates) != len(self._classifier.optimizer.param_groups):
             raise _checks.refuse(

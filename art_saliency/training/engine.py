@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ class Engine:
     """
     Device, precision and strategy of a run.
 
-    One process in float32 needs nothing of Fabric's wrapping, which costs a hook a forward pass, and gets none.
+    One process needs nothing of Fabric's wrapping, which costs a hook a forward pass, and gets none.
     Fabric is imported here, when training starts: it takes a second.
 
     :param device: Where the network lies.
@@ -36,9 +36,9 @@ class Engine:
         self.precision = _checks.one_of("precision", precision, PRECISIONS)
         accelerator = {"cuda": "gpu", "cpu": "cpu", "mps": "mps"}.get(self.device.type, "auto")
         devices: Any = [self.device.index or 0] if self.device.type == "cuda" else 1
-        self.fabric = Fabric(accelerator=accelerator, devices=devices, precision=precision)  # type: ignore[arg-type]
+        self.fabric = Fabric(accelerator=accelerator, devices=devices, precision="32-true")
         self.rank, self.world_size = self.fabric.global_rank, self.fabric.world_size
-        self.plain = self.world_size == 1 and precision == "32-true"
+        self.plain = self.world_size == 1
 
     def setup(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
         """:return: The network and optimizer that the loop is to call."""
@@ -46,6 +46,13 @@ class Engine:
             return model, optimizer
         wrapped: tuple[nn.Module, Any] = self.fabric.setup(model, optimizer, move_to_device=False)
         return wrapped
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """
+        The precision of the passes inside. It is torch's own context, entered around the objective: Fabric's wrapper of the network
+        refuses the input gradients that every attack takes.
+        """
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision != "32-true")
 
     def backward(self, loss: Tensor) -> None:
         """The step's one ordinary backward pass."""

@@ -108,7 +108,8 @@ def _epoch(
     sums, total = _Sums(), run.epochs * run.batches.steps_per_epoch
     for batch in run.batches.epoch(run.random):
         batch.progress, batch.target_model = run.step / total, run.target_model
-        result = _loss_terms(run, model, batch)
+        with run.engine.autocast():
+            result = _loss_terms(run, model, batch)
         optimizer.zero_grad(set_to_none=True)
         run.engine.backward(result.loss)
         if grad_clip is not None:
