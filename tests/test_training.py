@@ -336,7 +336,7 @@ def test_a_step_on_a_gpu_waits_for_nothing(digits):
             torch.cuda.set_sync_debug_mode("error" if run.step % 4 else "default")
 
     try:
-        train(
+        history = train(
             model,
             PGDAT(eps=0.1, max_iter=2),
             optimizer,
@@ -348,3 +348,4 @@ def test_a_step_on_a_gpu_waits_for_nothing(digits):
         )
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert len(history) == 2

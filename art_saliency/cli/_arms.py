@@ -105,7 +105,7 @@ def run_arm(arm: str, budget: Budget, out: Path) -> dict[str, Any]:
         settings=trainer.config(),
         data={**budget.spec, "fingerprint": data.fingerprint()},
         history=trainer.history,
-        force=True,  # the folder above it was claimed
+        force=True,  # the folder above it was vacant
     )
     x, y = data.x_test[: budget.images], data.y_test[: budget.images]
     summary = summarise(classifier.model, x, y, threat=threat, seed=budget.seed, progress=not budget.quiet)

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from art_saliency.data import load_data
     from art_saliency.networks import default_network
     from art_saliency.threat import ThreatModel
-    from art_saliency.trainers.runs import claim_folder
+    from art_saliency.trainers.runs import vacant_folder
 
     arms = [arm.strip() for arm in args.arms.split(",")]
     for arm in arms:
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     data = load_data(args.data, root=args.data_root)
     count = len(data.x_test)
     images = count if args.images is None else _checks.whole("--images", args.images, least=1, most=count)
-    out = claim_folder(args.out, force=args.force)
+    out = vacant_folder(args.out, force=args.force)
     budget = Budget(
         data=data,
         spec={"spec": spec_of(args.data), "root": args.data_root},

@@ -37,13 +37,13 @@ def run(args: argparse.Namespace) -> int:
     from art_saliency.cli._arms import Budget, finish, run_arm
     from art_saliency.data import load_data
     from art_saliency.threat import ThreatModel
-    from art_saliency.trainers.runs import claim_folder
+    from art_saliency.trainers.runs import vacant_folder
 
     _checks.real("--eps", args.eps, above=0, most=1)
     _checks.whole("--epochs", args.epochs, least=1)
     _checks.whole("--seed", args.seed)
     device = pick_device(args.device)
-    out = claim_folder(args.out, force=args.force)
+    out = vacant_folder(args.out, force=args.force)
     data = load_data("digits")
     budget = Budget(
         data=data,

@@ -5,9 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from art_saliency.cli._common import add_run_options, fraction, pick_device, say
+
+if TYPE_CHECKING:
+    import torch
+    from art.estimators.classification import PyTorchClassifier
+
+    from art_saliency.data import DataSet
 
 _RECIPES = {"sgd": 0.1, "adam": 0.01}
 
@@ -103,15 +109,11 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
     """Do it. :return: 0."""
-    import torch
-
     from art_saliency import _checks
     from art_saliency.augmentation import augmentation_by_name
     from art_saliency.data import load_data
-    from art_saliency.files import read_tensors
-    from art_saliency.networks import build_network, default_network
     from art_saliency.trainers.methods import TRAINERS
-    from art_saliency.trainers.runs import claim_folder, make_classifier, save
+    from art_saliency.trainers.runs import save, vacant_folder
 
     trainer_class = TRAINERS[_checks.one_of("METHOD", args.method, TRAINERS)]
     settings = {"eps": args.eps, "norm": args.norm, **_settings(args.set)}
@@ -119,35 +121,20 @@ def run(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     _checks.whole("--seed", args.seed)
     augment = None if args.augment == "none" else augmentation_by_name(args.augment)
-    folder = claim_folder(args.out, force=args.force)
+    folder = vacant_folder(args.out, force=args.force)
 
     data = load_data(args.data, root=args.data_root, download=args.download, size=args.size)
-    train, validation = (
-        data.split(args.validation_split, args.seed) if args.validation_split else ((data.x_train, data.y_train), None)
-    )
-    name = args.network or default_network(data.input_shape)
-    network: dict[str, Any] = {
-        "name": name,
-        "num_classes": data.num_classes,
-        "input_shape": list(data.input_shape),
-        "activation": args.activation,
-        "width": args.width,
-        "mean": list(data.mean()) if args.normalise else None,
-        "std": list(data.std()) if args.normalise else None,
-    }
-    torch.manual_seed(args.seed)
-    model = build_network(name, **{key: value for key, value in network.items() if key != "name"})
-    if args.weights:
-        _load_weights(model, read_tensors(Path(args.weights)), args.weights)
-    optimizer = _optimizer(model, args, name)
-    classifier = make_classifier(
-        model, input_shape=data.input_shape, num_classes=data.num_classes, optimizer=optimizer, device=device
-    )
-    trainer = trainer_class(classifier, **{**trainer_class.defaults_for(model), **settings})
+    train, validation = (data.x_train, data.y_train), None
+    if args.validation_split:
+        train, validation = data.split(args.validation_split, args.seed)
+    network = _network(args, data)
+    classifier = _classifier(args, network, device)
+    trainer = trainer_class(classifier, **{**trainer_class.defaults_for(classifier.model), **settings})
     held_out = 0 if validation is None else len(validation[0])
     say(
         args,
-        f"{args.method} on {data.name}: {len(train[0])} training images, {held_out} held out; {name}; {args.norm} eps {args.eps:g}; {device}",
+        f"{args.method} on {data.name}: {len(train[0])} training images, {held_out} held out; {network['name']}; "
+        f"{args.norm} eps {args.eps:g}; {device}",
     )
     trainer.fit(
         *train,
@@ -170,17 +157,56 @@ def run(args: argparse.Namespace) -> int:
         settings=trainer.config(),
         data={"spec": spec_of(args.data), "root": args.data_root, "size": args.size, "fingerprint": data.fingerprint()},
         history=trainer.history,
-        force=True,  # claimed above, before the work
+        force=args.force,
     )
-    last = trainer.history[-1]
-    robust = last.get("validation_robust_accuracy")
-    print(
-        f"{folder}: training accuracy {last['train_accuracy']:.1%}"
-        + (f", validation {last['validation_accuracy']:.1%} clean" if "validation_accuracy" in last else "")
-        + (f" and {robust:.1%} under PGD-10" if robust is not None else "")
-        + f". Next: art-saliency evaluate {folder}"
-    )
+    print(f"{folder}: {_summary(trainer.history[-1])}. Next: art-saliency evaluate {folder}")
     return 0
+
+
+def _network(args: argparse.Namespace, data: DataSet) -> dict[str, Any]:
+    """:return: The arguments of ``build_network``, as ``run.json`` keeps them."""
+    from art_saliency.networks import default_network
+
+    return {
+        "name": args.network or default_network(data.input_shape),
+        "num_classes": data.num_classes,
+        "input_shape": list(data.input_shape),
+        "activation": args.activation,
+        "width": args.width,
+        "mean": list(data.mean()) if args.normalise else None,
+        "std": list(data.std()) if args.normalise else None,
+    }
+
+
+def _classifier(args: argparse.Namespace, network: dict[str, Any], device: torch.device) -> PyTorchClassifier:
+    """:return: The network, from the weights given if any, in an ART classifier with its optimizer."""
+    import torch
+
+    from art_saliency.files import read_tensors
+    from art_saliency.networks import build_network
+    from art_saliency.trainers.runs import make_classifier
+
+    torch.manual_seed(args.seed)
+    model = build_network(**network)
+    if args.weights:
+        _load_weights(model, read_tensors(Path(args.weights)), args.weights)
+    return make_classifier(
+        model,
+        input_shape=network["input_shape"],
+        num_classes=network["num_classes"],
+        optimizer=_optimizer(model, args, network["name"]),
+        device=device,
+    )
+
+
+def _summary(record: dict[str, Any]) -> str:
+    """:return: The last epoch's accuracies, in words."""
+    text = f"training accuracy {record['train_accuracy']:.1%}"
+    if "validation_accuracy" in record:
+        text += f", validation {record['validation_accuracy']:.1%} clean"
+    if "validation_robust_accuracy" in record:
+        text += f" and {record['validation_robust_accuracy']:.1%} under PGD-10"
+    return text
 
 
 def spec_of(data: str) -> str:

@@ -72,7 +72,8 @@ def save(
     :return: The folder.
     :raises InputError: When a run is there already and `force` is false.
     """
-    path = claim_folder(folder, force=force)
+    path = vacant_folder(folder, force=force)
+    path.mkdir(parents=True, exist_ok=True)
     has_fsr = any(isinstance(child, FSRLayer) for child in classifier.model.modules())
     found = fsr_layers(classifier.model) if has_fsr else {}
     layers = {target: {"hidden": layer.hidden, "tau": layer.tau} for target, layer in found.items()}
@@ -92,10 +93,11 @@ def save(
     return path
 
 
-def claim_folder(folder: str | Path, *, force: bool) -> Path:
+def vacant_folder(folder: str | Path, *, force: bool) -> Path:
     """
-    Make a run's folder, before any work starts.
+    Check, before any work starts, that a run may be written to a folder. It is not made yet.
 
+    :return: Its path.
     :raises InputError: When it holds files and `force` is false, or is no folder.
     """
     path = Path(folder)
@@ -105,7 +107,6 @@ def claim_folder(folder: str | Path, *, force: bool) -> Path:
         raise _checks.refuse(
             "out", f"{path}, which is not empty", "a new or empty folder", "choose another or add --force"
         )
-    path.mkdir(parents=True, exist_ok=True)
     return path
 
 
