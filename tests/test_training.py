@@ -259,6 +259,7 @@ def test_catastrophic_overfitting_is_seen_and_said():
 
     class Run:
         model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+        objective = Standard()
         epoch = 3
 
     x = torch.full((8, 1, 2, 2), 0.5)

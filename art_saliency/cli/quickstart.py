@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--eps", type=fraction, default=0.2, help="Linf radius (default: %(default)s of the pixel range)"
     )
-    parser.add_argument("--epochs", type=int, default=20, help="passes over the images (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=30, help="passes over the images (default: %(default)s)")
     add_run_options(parser)
     parser.set_defaults(run=run)
 

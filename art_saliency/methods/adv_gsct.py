@@ -274,6 +274,10 @@ class AdvGSCT(Objective):
         given = Ingredients(x, x0, threat.ascent_direction(g), mask, self._baseline(x), alpha, threat, random)
         return threat.project(self._construct(given), x).detach(), mask
 
+    def radius(self, progress: float) -> float:
+        """:return: The share of eps in force: it rises linearly over ``eps_warmup_share`` of the run."""
+        return warmup(progress, self.eps_warmup_share)
+
     def _within(self, radius: float) -> ThreatModel:
         return self.threat if radius == 1 else ThreatModel(self.norm, radius * self.eps)
 
@@ -281,7 +285,7 @@ class AdvGSCT(Objective):
         """See :class:`Objective`. Terms: ce, consensus, l2_consensus, prediction_consensus, linearity."""
         x, y, weight = batch.x, batch.y, warmup(batch.progress, self.warmup_share)
         need_g = self.consensus > 0 or self.l2_consensus > 0 or self.linearity > 0
-        radius = warmup(batch.progress, self.eps_warmup_share)
+        radius = self.radius(batch.progress)
         x0 = self._start(x, self._within(radius), batch.random).detach().requires_grad_(True)
         with batch_statistics_kept(model):
             clean_loss = cross_entropy(model(x), y).mean() if self.label_on == "both" else None

@@ -118,6 +118,10 @@ class Objective(nn.Module):
         """:return: Constructor arguments, JSON-able; a callable is written as ``{"callable": its name}`` and cannot be read back."""
         return {name: _plain(getattr(self, name)) for name in self.parameter_names()}
 
+    def radius(self, progress: float) -> float:
+        """:return: The share of eps that is in force after `progress` (0 to 1) of the run; 1 unless the radius warms up."""
+        return 1.0
+
     def epoch_warnings(self, record: Mapping[str, Any]) -> list[str]:
         """
         What an epoch's figures should make the user worry about.

@@ -108,12 +108,14 @@ class OverfittingWatch(Extension):
         if run.batch is None or run.logits is None:
             return
         x, y = run.batch.x, run.batch.y if run.batch.y.ndim == 1 else run.batch.y.argmax(1)
-        x_adv = pgd(run.model, x, y, threat=self.threat, max_iter=self.max_iter)
+        radius = run.objective.radius(run.batch.progress)
+        threat = ThreatModel(self.threat.norm, radius * self.threat.eps)
+        x_adv = pgd(run.model, x, y, threat=threat, max_iter=self.max_iter)
         with evaluating(run.model):
             against_pgd = float((run.model(x_adv).argmax(1) == y).float().mean())
         on_own_examples = float((run.logits.argmax(1) == y).float().mean())
         record["train_pgd_accuracy"] = against_pgd
-        if against_pgd < self.share * on_own_examples - 0.05 and not self.warned:
+        if against_pgd < self.share * on_own_examples and on_own_examples > 0.3 and not self.warned:
             self.warned = True
             warnings.warn(
                 f"epoch {run.epoch}: {on_own_examples:.0%} of a training batch is classified right on the method's single-step "
