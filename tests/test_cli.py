@@ -138,6 +138,32 @@ def test_a_network_with_fsr_comes_back_with_its_layers(folder):
     assert sha256_of_tensors(load(folder / "fsr").model.state_dict()) == page["weights_sha256"]
 
 
+def test_compare_puts_methods_and_compositions_into_one_table(folder, capsys):
+    words = [
+        "compare",
+        "--data",
+        str(folder / "few.npz"),
+        "--eps",
+        "0.1",
+        "--epochs",
+        "1",
+        "--images",
+        "6",
+        "--width",
+        "8",
+    ]
+    out = folder / "compare"
+    assert main([*words, "--arms", "fgsm-rs,fsr+trades", "--out", str(out), "--quiet", "--device", "cpu"]) == 0
+    printed, err = capsys.readouterr()
+    assert err == ""
+    results = json.loads((out / "results.json").read_text())
+    assert list(results) == ["fgsm-rs", "fsr+trades"]
+    assert all(f"| {arm} " in printed for arm in results)
+    assert results["fsr+trades"]["passes_per_step"] > results["fgsm-rs"]["passes_per_step"] > 1
+    assert load(out / "fsr+trades").nb_classes == 10
+    assert (out / "fsr+trades" / "saliency.png").exists()
+
+
 WRONG = {
     "method": (["train", "adv-gst", "--eps", "0.1", "--out", "OUT"], "did you mean 'adv-gsct'"),
     "network": (["train", "pgd-at", "--eps", "0.1", "--out", "OUT", "--network", "smal-cnn"], "small-cnn"),
@@ -150,6 +176,8 @@ WRONG = {
     "augment": (["train", "pgd-at", "--eps", "0.1", "--augment", "crp", "--out", "OUT"], "crop"),
     "weights": (["train", "pgd-at", "--eps", "0.1", "--weights", "no.pt", "--out", "OUT"], "no.pt: no such file"),
     "scheduler": (["train", "pgd-at", "--eps", "0.1", "--scheduler", "cosin", "--out", "OUT"], "did you mean 'cosine'"),
+    "arm": (["compare", "--arms", "pgd-at,fsr+pgd", "--out", "OUT"], "did you mean 'pgd-at'"),
+    "layer": (["compare", "--arms", "fr+pgd-at", "--out", "OUT"], "expected one of 'fsr'"),
     "no run": (["evaluate", "nowhere"], "nowhere: no run.json"),
     "quickstart eps": (["quickstart", "--eps", "2", "--out", "OUT"], "--eps: got 2, expected 0 < --eps <= 1"),
     "quickstart epochs": (["quickstart", "--epochs", "0", "--out", "OUT"], "--epochs: got 0"),
