@@ -58,6 +58,8 @@ def forward_backward_passes(model: nn.Module, objective: Objective, batch: Batch
     """
     batch = copy.copy(batch)
     batch.progress, batch.random = 1.0, RandomSource(0, batch.x.device)
+    if objective.needs_maps and batch.maps is None:
+        batch.maps = torch.zeros_like(batch.x[:, :1])  # a step of a run has them: they are made once, before training
     with torch.random.fork_rng(devices=[]):
         own = _operations(model, objective, batch)
         plain = _operations(model, Standard(), batch)
