@@ -17,6 +17,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers already use every core
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """On a machine where ART was never imported, let one process write its configuration before the workers start."""
+    if not hasattr(config, "workerinput"):
+        import art_saliency.trainers  # noqa: F401
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what is marked ``gpu`` where there is none."""
     if not torch.cuda.is_available():

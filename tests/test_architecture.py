@@ -398,3 +398,36 @@ def test_a_trainer_is_imported_in_little_more_time_than_torch_and_art():
     seconds = [float(word) for word in words if word[0].isdigit()]
     assert len(seconds) == len(words) == 8, words  # other words would be packages that were imported
     assert min(seconds) < 0.3
+
+
+RACE = """
+import os
+real, asked = os.path.exists, []
+
+def exists(path):
+    if not str(path).endswith(os.path.join(".art", "config.json")):
+        return real(path)
+    asked.append(path)
+    if len(asked) == 2:  # between ART's two looks another process writes the file
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w") as file:
+            file.write("{}")
+    return real(path)
+
+os.path.exists = exists
+try:
+    import MODULE
+    print("imported")
+except NameError:
+    print("NameError")
+"""
+
+
+@pytest.mark.parametrize(("module", "answer"), [("art.config", ["NameError"]), ("art_saliency.trainers", ["imported"])])
+def test_the_first_import_of_art_on_a_machine_may_happen_in_two_processes_at_once(
+    tmp_path, monkeypatch, module, answer
+):
+    """ART's own import fails when another process writes its configuration in the same moment; ours does not."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert fresh(RACE.replace("MODULE", module)) == answer
