@@ -8,6 +8,7 @@ touched. Attacks run in eval mode, as in ART, so BatchNorm neither couples sampl
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,37 @@ from art_saliency.modes import evaluating, frozen
 from art_saliency.randomness import RandomSource
 from art_saliency.threat import ThreatModel
 
-__all__ = ["LOSSES", "AttackLoss", "attack_loss", "cross_entropy", "dlr", "fgsm", "margin", "pgd"]
+__all__ = [
+    "LOSSES",
+    "AdaptiveAttack",
+    "AttackLoss",
+    "InnerAttack",
+    "Reachable",
+    "attack_loss",
+    "cross_entropy",
+    "dlr",
+    "fgsm",
+    "margin",
+    "pgd",
+]
 
 AttackLoss = Callable[[Tensor, Tensor], Tensor]
 """(logits (N, K), y (N,) or (N, K)) -> (N,), to be maximised."""
+
+
+class InnerAttack(Protocol):
+    """An attack that an :data:`AdaptiveAttack` calls."""
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, loss: AttackLoss | None = None) -> Tensor:
+        """:return: (N, C, H, W), adversarial images; a loss of ``None`` is the attack's own."""
+
+
+AdaptiveAttack = Callable[[nn.Module, Tensor, Tensor, InnerAttack], Tensor]
+"""
+(model, x, y, attack) -> x_adv: an attack made for one defence, on top of a general one.
+
+Layers and objectives publish theirs by ``adaptive_variants()``; the audit supplies the general one, with its own budget.
+"""
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
@@ -163,3 +191,26 @@ def fgsm(
     return pgd(
         model, x, y, threat=threat, max_iter=1, eps_step=step, random_start=random_start, loss=loss, random=random
     )
+
+
+class Reachable(nn.Module):
+    """
+    A network as an adversary sees it who can reach some pixels only.
+
+    :param model: Maps (N, C, H, W) to logits.
+    :param x: (N, C, H, W), the clean images; the wrapped network serves these alone, in this order.
+    :param reach: (N, 1, H, W), above 0 on the pixels in reach.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, reach: Tensor) -> None:
+        super().__init__()
+        self.model, self.x, self.reach = model, x.detach(), reach.detach()
+
+    def confined(self, x_adv: Tensor) -> Tensor:
+        """:return: (N, C, H, W), the clean images with what the adversary did to the pixels in reach."""
+        return torch.where(self.reach > 0, x_adv, self.x)
+
+    def forward(self, x_adv: Tensor) -> Tensor:
+        """:return: (N, K), the logits of the confined images."""
+        logits: Tensor = self.model(self.confined(x_adv))
+        return logits

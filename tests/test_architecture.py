@@ -238,6 +238,20 @@ def public_names(name):
     return None
 
 
+def assigned(tree):
+    """Names that a module gives a value to, constants and aliases of types: whether a string below explains them."""
+    found = {}
+    for node, below in zip(tree.body, [*tree.body[1:], None], strict=True):
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        explained = (
+            isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str)
+        )
+        found |= {target.id: explained for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
 @every_file
 def test_every_public_name_exists_once_and_explains_itself(name):
     module, names = importlib.import_module(name), public_names(name)
@@ -248,7 +262,9 @@ def test_every_public_name_exists_once_and_explains_itself(name):
     assert len(names or ()) == len(set(names or ()))
     for public in names or ():
         value = getattr(module, public)
-        if inspect.isclass(value) or inspect.isroutine(value):
+        if public in assigned(TREES[name]):
+            assert assigned(TREES[name])[public], f"{public}: a string below it says what it holds"
+        elif inspect.isclass(value) or inspect.isroutine(value):
             assert (value.__doc__ or "").strip(), public
             for attribute, member in vars(value).items() if inspect.isclass(value) else ():
                 function = getattr(member, "__func__", getattr(member, "fget", member))

@@ -811,7 +811,10 @@ def test_a_network_that_changes_itself_is_reported(trained: Any) -> None:
     assert any("state_dict changed" in warning for warning in warnings)
 
 
-def test_the_bar_goes_to_stderr_and_can_be_silenced(trained: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_bar_goes_to_stderr_and_can_be_silenced(
+    trained: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # a narrow bar is cut off
     model, x, y = trained
     options = {"version": "custom", "attacks": ["apgd-ce", "square", "apgd-dlr", "fab"]}
     result = ours(model, x, y, progress=True, **options)

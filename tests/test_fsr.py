@@ -338,7 +338,7 @@ def test_without_its_head_a_network_has_the_same_logits():
     plain = network(x)
     assert torch.equal(drop_auxiliary_heads(network)(x), plain)
     assert not [key for key in network.state_dict() if "auxiliary" in key]
-    assert "auxiliary logits" not in network.body.fsr.adaptive_variants()
+    assert "auxiliary logits" not in network.body.fsr.attack_contexts()
     with pytest.raises(InputError, match="head was dropped"), capture(network):
         network(x)
 
@@ -357,7 +357,7 @@ def test_variants_change_the_gradient_and_never_the_forward_pass():
     network, x, y = spread(with_fsr()).eval(), images(), torch.tensor([0, 1, 2, 3])
     plain, exact = input_gradient_of(network, x, y)
     seen = {}
-    for name, variant in network.body.fsr.adaptive_variants().items():
+    for name, variant in network.body.fsr.attack_contexts().items():
         with variant() as loss:
             logits, seen[name] = input_gradient_of(network, x, y, loss or cross_entropy)
         assert torch.equal(logits, plain), name
@@ -382,7 +382,7 @@ def test_gates_have_the_derivatives_that_they_say():
         m = 1 / (1 + torch.exp(-r.double() / tau))
         return ((weights[0] - weights[1]) * m * (1 - m) / tau).float()
 
-    variants = layer.adaptive_variants()
+    variants = layer.attack_contexts()
     torch.testing.assert_close(derivative(), slope(0.1), atol=1e-5, rtol=1e-4)
     with variants["gate softened"]():
         torch.testing.assert_close(derivative(), slope(1.0))
@@ -395,7 +395,7 @@ def test_attack_on_the_auxiliary_logits_is_the_sum_of_four_cross_entropies():
     with capture(network) as captured:
         logits = network(x)
         expected = sum(F.cross_entropy(part, y, reduction="none") for part in (logits, *captured["body"]))
-    with network.body.fsr.adaptive_variants()["auxiliary logits"]() as loss:
+    with network.body.fsr.attack_contexts()["auxiliary logits"]() as loss:
         torch.testing.assert_close(loss(network(x), y), expected)
         x_adv = pgd(network, x, y, threat=ThreatModel("Linf", 0.1), loss=loss, max_iter=3)
         assert loss(network(x_adv), y).mean().item() > expected.mean().item()
@@ -1185,7 +1185,7 @@ def test_a_copied_or_pickled_network_and_loss_still_train_together(sequential):
 def test_contexts_nest_and_the_layer_works_under_a_weighted_exit_stack():
     network, x, y = with_fsr().eval(), images(), torch.tensor([0, 1, 2, 3])
     with ExitStack() as stack:
-        losses = [stack.enter_context(v()) for v in network.body.fsr.adaptive_variants().values()]
+        losses = [stack.enter_context(v()) for v in network.body.fsr.attack_contexts().values()]
         assert [loss is None for loss in losses] == [True, True, False]
         _, gradient = input_gradient_of(network, x, y, losses[-1])
     assert gradient.isfinite().all()

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from art_saliency.attacks import pgd
 from art_saliency.augmentation import Augmentation
 from art_saliency.errors import CheckpointError, InputError, UnsupportedModelError
 from art_saliency.gradients import input_gradient, jacobian_frobenius, unit_directions
@@ -516,13 +517,17 @@ def test_the_adaptive_attack_changes_salient_pixels_only_and_is_worth_running():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.SiLU(), nn.Linear(8, 3))
     x, y = torch.rand(6, 1, 8, 8), torch.arange(6) % 3
     objective = JSIGR(eps=0.1)
-    x_adv = objective.adaptive_variants()["salient pixels"](model, x, y)
+
+    def attack(network, images, labels, loss=None):
+        return pgd(network, images, labels, threat=ThreatModel("Linf", 0.1), max_iter=20)
+
+    x_adv = objective.adaptive_variants()["salient pixels"](model, x, y, attack)
     salient = objective.full_maps(objective.compute_maps(model, x, y), (8, 8))
     assert float(((x_adv - x) * (1 - salient)).abs().max()) == 0
     assert 0.05 < float((x_adv - x).abs().max()) <= 0.1 + 1e-6
     before, after = (F.cross_entropy(model(images), y).detach() for images in (x, x_adv))
     assert float(after) > float(before)
-    assert not JSIGR(penalty="squared").adaptive_variants()
+    assert not JSIGR(eps=0.1, lambda_s=0).adaptive_variants()
 
 
 def _digits():

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from art_saliency import _checks
-from art_saliency.attacks import cross_entropy
+from art_saliency.attacks import AdaptiveAttack, InnerAttack, cross_entropy
 from art_saliency.errors import UnsupportedModelError
 from art_saliency.gradients import top_share_mask
 from art_saliency.methods.base import Attack, Batch, LossTerms, warmup
@@ -498,6 +498,19 @@ class AALP(ALP):
             f"the label, and the network that is deployed has none. Lower rate, or set guide='predicted'"
         ]
 
+    def adaptive_variants(self) -> Mapping[str, AdaptiveAttack]:
+        """:return: ``"guided mask on"``: an attack on the network with the mask that training put on it; nothing at rate 0."""
+        return {"guided mask on": self._attack_masked} if self.rate else {}
+
+    def _attack_masked(self, model: nn.Module, x: Tensor, y: Tensor, attack: InnerAttack) -> Tensor:
+        layers = self.guided_layers(model, x)
+        found, _ = _guiding_pass(model, x, y, layers, "predicted" if self.guide == "predicted" else "true")
+        masks = {
+            layer: guided_mask(scores, self.rate, rescale=self.rescale)
+            for layer, scores in zip(layers, found, strict=True)
+        }
+        return attack(_Masked(model, masks), x, y)
+
     def guided_layers(self, model: nn.Module, x: Tensor) -> list[str]:
         """
         Name the guided layers; by a dry run the first time that a network of this structure is seen.
@@ -531,6 +544,21 @@ class AALP(ALP):
             masks[layer] = mask
         unmasked = F.cross_entropy(full_precision(logits[:count]), batch.y)
         return masks, {"ce_unmasked": unmasked, "dropped_alive": alive / dropped.clamp_min(1)}
+
+
+class _Masked(nn.Module):
+    """The network with its guided layers masked, each image by the mask of its clean self."""
+
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.model, self.masks = model, masks
+
+    def forward(self, x: Tensor) -> Tensor:
+        with ExitStack() as stack:
+            for layer, mask in self.masks.items():
+                stack.enter_context(_at_layer(self.model, layer, partial(_masked, mask=mask)))
+            logits: Tensor = self.model(x)
+        return logits
 
 
 def _masked(features: Tensor, mask: Tensor) -> Tensor:

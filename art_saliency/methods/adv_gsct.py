@@ -7,14 +7,14 @@ Adv-GSCT: adversarially gradient-based saliency consensus training, a reconstruc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from art_saliency import _checks
-from art_saliency.attacks import cross_entropy, margin
+from art_saliency.attacks import AdaptiveAttack, InnerAttack, Reachable, cross_entropy, margin
 from art_saliency.gradients import cosine, importance, input_gradient, top_share_mask
 from art_saliency.methods.base import Batch, LossTerms, Objective, warmup
 from art_saliency.methods.baselines import full_precision, kl_divergence
@@ -49,6 +49,7 @@ SALIENCIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "logit": negative_logit,
     "margin": margin,  # its best wrong class is 'the most offending' one
 }
+"""What saliency may be the gradient of: (logits (N, K), y) -> (N,)."""
 
 # --- baseline: what a pixel without information looks like ------------------------------------------------------------
 
@@ -73,6 +74,7 @@ BASELINES: dict[str, Callable[[Tensor], Tensor]] = {
     "zero": zero_baseline,
     "channel-mean": channel_mean_baseline,
 }
+"""What a drained pixel may move to: x -> (N, C, H, W)."""
 
 # --- offending: the point x0 where the learned saliency is taken ------------------------------------------------------
 
@@ -99,6 +101,7 @@ OFFENDING: dict[str, Callable[[Tensor, ThreatModel, RandomSource | None], Tensor
     "zero-start": zero_start,
     "noise-augmented": noise_augmented,
 }
+"""Where the learned saliency may be taken: (x, threat, random) -> x0."""
 
 # --- pseudo-input: "a constructed pseudo-input, coupled with feature importance" --------------------------------------
 
@@ -153,6 +156,7 @@ PSEUDO_INPUTS: dict[str, PseudoInput] = {
     "lowest-noise": lowest_noise,
     "convex-mix": convex_mix,
 }
+"""Constructions of the pseudo-input."""
 
 # --- losses -----------------------------------------------------------------------------------------------------------
 
@@ -330,3 +334,14 @@ class AdvGSCT(Objective):
         x_slow = x_pseudo.detach().requires_grad_(True)
         with evaluating(slow), frozen(slow):
             return input_gradient(self._score(slow(x_slow), batch.y).sum(), x_slow)
+
+    def adaptive_variants(self) -> Mapping[str, AdaptiveAttack]:
+        """:return: ``"essential pixels"``: an attack on the pixels alone that the target saliency keeps; nothing where it keeps all."""
+        return {"essential pixels": self._attack_essential} if self.rho else {}
+
+    def _attack_essential(self, model: nn.Module, x: Tensor, y: Tensor, attack: InnerAttack) -> Tensor:
+        with evaluating(model), frozen(model), torch.enable_grad():
+            image = x.detach().requires_grad_(True)
+            g = input_gradient(self._score(model(image), y).sum(), image)
+        reachable = Reachable(model, x, top_share_mask(importance(g), 1 - self.rho, RandomSource(0, x.device)))
+        return reachable.confined(attack(reachable, x, y))

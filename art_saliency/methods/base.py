@@ -131,8 +131,8 @@ class Objective(nn.Module):
         """
         return []
 
-    def adaptive_variants(self) -> Mapping[str, Callable[..., Any]]:
-        """:return: Attacks or model copies made for this method, by name, for the audit to try. None by default."""
+    def adaptive_variants(self) -> Mapping[str, AdaptiveAttack]:
+        """:return: Attacks made for this method, by name, for the audit to try. None by default."""
         return {}
 
     def extra_repr(self) -> str:

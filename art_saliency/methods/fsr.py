@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from art_saliency import _checks
-from art_saliency.attacks import AttackLoss, cross_entropy
+from art_saliency.attacks import AdaptiveAttack, AttackLoss, InnerAttack, cross_entropy
 from art_saliency.errors import CheckpointError, InputError
 from art_saliency.methods.base import LossTerms
 from art_saliency.methods.surgery import FeatureLayer, Features, TokenGrid, insert_after, remove_inserted
@@ -311,9 +312,13 @@ class FSRLayer(FeatureLayer):
             )
         return AuxiliaryLogits(*(part[-rows:] for part in latest))
 
-    def adaptive_variants(self) -> Mapping[str, Callable[[], AbstractContextManager[AttackLoss | None]]]:
+    def adaptive_variants(self) -> Mapping[str, AdaptiveAttack]:
+        """:return: Attacks that know this layer, for the audit: a general one in each of :meth:`attack_contexts`."""
+        return {name: partial(_attack_inside, context) for name, context in self.attack_contexts().items()}
+
+    def attack_contexts(self) -> Mapping[str, Callable[[], AbstractContextManager[AttackLoss | None]]]:
         """
-        Attacks that know this layer, for the audit: by name, a context manager to attack in.
+        What an attack that knows this layer changes: by name, a context manager to attack in.
 
         Inside, attack the network as usual; where the context yields a loss, with that loss. The forward pass is unchanged in
         all of them. With several layers, enter the contexts of all.
@@ -332,6 +337,17 @@ class FSRLayer(FeatureLayer):
             f"channels={self.channels}, num_classes={self.num_classes}, hidden={self.hidden}, tau={self.tau}"
             f"{', randomised=True' if self.randomised else ''}"
         )
+
+
+def _attack_inside(
+    context: Callable[[], AbstractContextManager[AttackLoss | None]],
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    attack: InnerAttack,
+) -> Tensor:
+    with context() as loss:
+        return attack(model, x, y, loss)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from art_saliency import _checks
-from art_saliency.attacks import cross_entropy, pgd
+from art_saliency.attacks import AdaptiveAttack, InnerAttack, Reachable, cross_entropy
 from art_saliency.errors import UnsupportedModelError
 from art_saliency.gradients import input_gradient, jacobian_projection, sphere_directions
 from art_saliency.methods.base import Batch, LossTerms, Objective, warmup
@@ -71,6 +71,7 @@ def dual_norm(rows: Tensor, threat: ThreatModel) -> Tensor:
 
 
 PENALTIES: dict[str, Callable[[Tensor, ThreatModel], Tensor]] = {"dual": dual_norm, "squared": squared_norm}
+"""How the size of J^T w is measured: (rows, threat) -> (N,)."""
 
 # --- directions of logit space: what the Jacobian is projected on -----------------------------------------------------
 
@@ -113,6 +114,7 @@ DIRECTIONS: dict[str, Callable[[Tensor, Tensor, int | None, RandomSource | None]
     "margin": margin_directions,
     "sphere": sphere,
 }
+"""Which directions of logit space: (logits, y, projections, random) -> pairs of direction and weight."""
 
 # --- the selective term -----------------------------------------------------------------------------------------------
 
@@ -123,6 +125,7 @@ def true_logit(logits: Tensor, y: Tensor) -> Tensor:
 
 
 SELECTIVE_SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"loss": cross_entropy, "logit": true_logit}
+"""What the selective term is the input gradient of: (logits, y) -> (N,)."""
 
 
 def selective_penalty(g: Tensor, S: Tensor, size: Callable[[Tensor], Tensor] = squared_norm) -> Tensor:
@@ -390,38 +393,19 @@ class JSIGR(Objective):
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
-    def adaptive_variants(self) -> Mapping[str, Callable[..., Any]]:
+    def adaptive_variants(self) -> Mapping[str, AdaptiveAttack]:
         """
         An attack that perturbs the salient pixels alone, which the mask leaves unregularised.
 
-        :return: ``"salient pixels"``: (model, x, y) -> x_adv at `eps`; nothing without a radius or a selective term.
+        :return: ``"salient pixels"``; nothing without a selective term.
         """
-        return {"salient pixels": self._attack_salient} if self.threat is not None and self.lambda_s else {}
+        return {"salient pixels": self._attack_salient} if self.lambda_s else {}
 
-    def _attack_salient(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        assert self.threat is not None
+    def _attack_salient(self, model: nn.Module, x: Tensor, y: Tensor, attack: InnerAttack) -> Tensor:
         explainer = model if self.teacher is None else self.teacher
         salient = self.full_maps(self.compute_maps(explainer, x, y), (x.shape[-2], x.shape[-1]))
-        masked = _OnlySalient(model, x, salient)
-        x_adv = pgd(masked, x, y, threat=self.threat, max_iter=50, loss="margin")
-        return masked.confined(x_adv)
-
-
-class _OnlySalient(nn.Module):
-    """The network as an adversary sees it who can reach some pixels only."""
-
-    def __init__(self, model: nn.Module, x: Tensor, salient: Tensor) -> None:
-        super().__init__()
-        self.model, self.x, self.salient = model, x.detach(), salient
-
-    def confined(self, x_adv: Tensor) -> Tensor:
-        """:return: The image with what the adversary did to the pixels in reach."""
-        return torch.where(self.salient > 0, x_adv, self.x)
-
-    def forward(self, x_adv: Tensor) -> Tensor:
-        """:return: The logits of the confined image."""
-        logits: Tensor = self.model(self.confined(x_adv))
-        return logits
+        reachable = Reachable(model, x, salient)
+        return reachable.confined(attack(reachable, x, y))
 
 
 def _along(direction: Tensor, logits: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from art_saliency import _checks
 __all__ = ["PRECISIONS", "Engine", "reproducible"]
 
 PRECISIONS = ("32-true", "bf16-mixed")
+"""float32 throughout, or bfloat16 where autocast allows it; Lightning's names."""
 
 
 class Engine:
