@@ -575,26 +575,33 @@ def test_a_signed_mask_on_both_branches_leaks_the_label_and_the_default_does_not
         assert leaking["ce_unmasked"] > 50 * leaking["ce_clean"]
 
 
+def lost_without_the_lower_half(model, x, y):
+    """The share of the logits' energy that goes when the channels that contribute least, half of all, are taken away."""
+    with torch.no_grad():
+        features = model[:6](x)
+        kept = guided_mask(contributions(model, x, y), 0.5)[:, :, None, None]
+        z, top = model[6:](features), model[6:](features * kept)
+    return float(((z - top).square().sum(1) / z.square().sum(1)).mean())
+
+
 def test_guided_dropout_makes_a_network_rely_on_fewer_channels_than_alp():
-    """Observation 1: fewer channels hold 90 % of |c|, and the logits lose less when the lower half is taken away."""
+    """
+    Observation 1, at the method's defaults, in standard errors over seeds: what the network says rests on fewer channels.
+
+    The control drops as many channels at random: it is the guidance, not the dropping, that concentrates.
+    """
     x, y = some_digits(600, 1200)
-    options = {"eps": 0.15, "max_iter": 2, "lam": 2.0, "clean_weight": 0.0}
-    held, lost = [], []
-    for seed in range(4):
-        for objective in (ALP(**options), AALP(**options, rate=0.7)):
-            model, _ = trained(objective, seed, 15, norm=True)
-            scores = contributions(model, x, y)
-            with torch.no_grad():
-                features = model[:6](x)
-                z, top = model[6:](features), model[6:](features * guided_mask(scores, 0.5)[:, :, None, None])
-            held.append(float(channels_for_share(scores).double().mean()))
-            lost.append(float(((z - top).square().sum(1) / z.square().sum(1)).mean()))
-    for figures, errors in ((held, 1), (lost, 3)):
-        fewer = torch.tensor(figures[0::2]) - torch.tensor(figures[1::2])
-        standard_error = float(fewer.std()) / 2  # over four seeds
-        assert float(fewer.mean()) > errors * standard_error, figures
-    # Of the second, which is what the pairing with masked features asks for, the seeds' ranges do not even touch.
-    assert min(lost[0::2]) > max(lost[1::2]), lost
+    options = {"eps": 0.15, "max_iter": 2}
+    arms = {"alp": ALP(**options), "random": AALP(**options, guide="random"), "aalp": AALP(**options)}
+    lost = {
+        name: torch.tensor(
+            [lost_without_the_lower_half(trained(arm, seed, 20, norm=True)[0], x, y) for seed in range(4)]
+        )
+        for name, arm in arms.items()
+    }
+    for control, errors in (("alp", 3), ("random", 2)):
+        fewer = lost[control] - lost["aalp"]
+        assert float(fewer.mean()) > errors * float(fewer.std()) / 2, lost  # four seeds
 
 
 def test_a_leaking_mask_is_said_and_a_clean_one_is_not():

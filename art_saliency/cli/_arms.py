@@ -73,6 +73,7 @@ def run_arm(arm: str, budget: Budget, out: Path) -> dict[str, Any]:
     from art_saliency.networks import build_network
     from art_saliency.trainers.methods import TRAINERS
     from art_saliency.trainers.runs import make_classifier, save
+    from art_saliency.trainers.surrogates import Recipe, describe_optimizer
     from art_saliency.training.cost import forward_backward_passes
 
     data, device, threat = budget.data, budget.device, budget.threat
@@ -87,13 +88,20 @@ def run_arm(arm: str, budget: Budget, out: Path) -> dict[str, Any]:
         device=device,
     )
     given = {**TRAINERS[name].defaults_for(model), **parameters, "eps": threat.eps, "norm": threat.norm}
+    recipe = Recipe(
+        parameters=given,
+        optimizer=describe_optimizer(classifier.optimizer),
+        epochs=budget.epochs,
+        batch_size=budget.batch_size,
+        seed=budget.seed,
+    )
     trainer = TRAINERS[name](classifier, **given)
     trainer.fit(
         data.x_train,
         data.y_train,
         batch_size=budget.batch_size,
         nb_epochs=budget.epochs,
-        scheduler="onecycle",
+        scheduler=recipe.scheduler,
         seed=budget.seed,
         verbose=not budget.quiet,
     )
@@ -105,6 +113,7 @@ def run_arm(arm: str, budget: Budget, out: Path) -> dict[str, Any]:
         settings=trainer.config(),
         data={**budget.spec, "fingerprint": data.fingerprint()},
         history=trainer.history,
+        recipe=recipe.to_json(),
         force=True,  # the folder above it was vacant
     )
     x, y = data.x_test[: budget.images], data.y_test[: budget.images]

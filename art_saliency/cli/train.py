@@ -114,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
     from art_saliency.data import load_data
     from art_saliency.trainers.methods import TRAINERS
     from art_saliency.trainers.runs import save, vacant_folder
+    from art_saliency.trainers.surrogates import Recipe, describe_optimizer
 
     trainer_class = TRAINERS[_checks.one_of("METHOD", args.method, TRAINERS)]
     settings = {"eps": args.eps, "norm": args.norm, **_settings(args.set)}
@@ -129,7 +130,22 @@ def run(args: argparse.Namespace) -> int:
         train, validation = data.split(args.validation_split, args.seed)
     network = _network(args, data)
     classifier = _classifier(args, network, device)
-    trainer = trainer_class(classifier, **{**trainer_class.defaults_for(classifier.model), **settings})
+    parameters = {**trainer_class.defaults_for(classifier.model), **settings}
+    recipe = Recipe(
+        parameters=parameters,
+        optimizer=describe_optimizer(classifier.optimizer),
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        scheduler=None if args.scheduler == "none" else args.scheduler,
+        augment=None if augment is None else args.augment,
+        grad_clip=args.grad_clip,
+        precision=args.precision,
+        deterministic=args.deterministic,
+        validation_split=args.validation_split,
+        weights=spec_of(args.weights) if args.weights else None,
+    )
+    trainer = trainer_class(classifier, **parameters)
     held_out = 0 if validation is None else len(validation[0])
     say(
         args,
@@ -141,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
         validation_data=validation,
         batch_size=args.batch_size,
         nb_epochs=args.epochs,
-        scheduler=None if args.scheduler == "none" else args.scheduler,
+        scheduler=recipe.scheduler,
         seed=args.seed,
         augment=augment,
         grad_clip=args.grad_clip,
@@ -157,6 +173,7 @@ def run(args: argparse.Namespace) -> int:
         settings=trainer.config(),
         data={"spec": spec_of(args.data), "root": args.data_root, "size": args.size, "fingerprint": data.fingerprint()},
         history=trainer.history,
+        recipe=recipe.to_json(),
         force=args.force,
     )
     print(f"{folder}: {_summary(trainer.history[-1])}. Next: art-saliency evaluate {folder}")
@@ -182,14 +199,14 @@ def _classifier(args: argparse.Namespace, network: dict[str, Any], device: torch
     """:return: The network, from the weights given if any, in an ART classifier with its optimizer."""
     import torch
 
-    from art_saliency.files import read_tensors
     from art_saliency.networks import build_network
     from art_saliency.trainers.runs import make_classifier
+    from art_saliency.trainers.surrogates import load_weights
 
     torch.manual_seed(args.seed)
     model = build_network(**network)
     if args.weights:
-        _load_weights(model, read_tensors(Path(args.weights)), args.weights)
+        load_weights(model, args.weights)
     return make_classifier(
         model,
         input_shape=network["input_shape"],
@@ -212,19 +229,6 @@ def _summary(record: dict[str, Any]) -> str:
 def spec_of(data: str) -> str:
     """A file's or folder's absolute path, so that ``evaluate`` finds it from anywhere; a name as it is."""
     return str(Path(data).resolve()) if Path(data).exists() else data
-
-
-def _load_weights(model: Any, weights: dict[str, Any], source: str) -> None:
-    from art_saliency.errors import CheckpointError
-
-    state = weights.get("state_dict", weights)
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, AttributeError, TypeError) as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        raise CheckpointError(
-            f"{source}: these weights do not fit the network: {' '.join(lines[1:3]) or lines[0]}"
-        ) from error
 
 
 def _optimizer(model: Any, args: argparse.Namespace, network: str) -> Any:

@@ -60,6 +60,7 @@ def save(
     settings: dict[str, Any],
     data: dict[str, Any],
     history: History,
+    recipe: dict[str, Any] | None = None,
     force: bool = False,
 ) -> Path:
     """
@@ -68,7 +69,8 @@ def save(
     :param folder: Made when missing. :param network: The arguments of :func:`art_saliency.networks.build_network`.
     :param method: The objective's name. :param settings: Its :meth:`~art_saliency.methods.base.Objective.config`.
     :param data: What it was trained on: name, fingerprint, and how it was split.
-    :param history: Of the training. :param force: Whether a run that is there may be replaced.
+    :param history: Of the training. :param recipe: How it was trained, so that it can be repeated from another seed: a
+        :class:`~art_saliency.trainers.surrogates.Recipe` as JSON. :param force: Whether a run that is there may be replaced.
     :return: The folder.
     :raises InputError: When a run is there already and `force` is false.
     """
@@ -84,6 +86,7 @@ def save(
         "settings": settings,
         "network": {**network, "fsr": layers},
         "data": data,
+        "recipe": recipe,
         "weights_sha256": sha256_of_tensors(weights),
         "versions": versions(),
         "history": {"meta": history.meta, "epochs": history.records},
@@ -151,6 +154,7 @@ def load(folder: str | Path, *, device: torch.device | str = "cpu") -> PyTorchCl
         raise CheckpointError(
             f"{folder}: weights.pt is not the file that run.json names (its hash differs); copy both again"
         )
+    weights = {key.replace("_orig_mod.", ""): value for key, value in weights.items()}  # of a network that was compiled
     network = dict(page["network"])
     name, shape, layers = network.pop("name"), tuple(network.pop("input_shape")), network.pop("fsr", {})
     model = build_network(name, input_shape=shape, **network)
