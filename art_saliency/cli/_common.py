@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["add_run_options", "fraction", "pick_device", "say"]
+    from art_saliency.data import DataSet
+    from art_saliency.threat import ThreatModel
+
+__all__ = ["add_run_options", "data_of_run", "fraction", "pick_device", "say", "threat_of_run"]
 
 
 def fraction(text: str) -> float:
@@ -49,6 +52,30 @@ def pick_device(name: str) -> torch.device:
             "--device", repr(name), f"one of the {torch.cuda.device_count()} GPUs here", "use --device cpu"
         )
     return device
+
+
+def threat_of_run(args: Any, page: dict[str, Any]) -> ThreatModel:
+    """:return: What ``--eps`` and ``--norm`` say, where they say nothing the run's own (`page` is its ``run.json``)."""
+    from art_saliency import _checks
+    from art_saliency.threat import ThreatModel
+
+    eps = page["settings"].get("eps") if args.eps is None else args.eps
+    if eps is None:
+        raise _checks.refuse("--eps", "nothing", "a radius", "the run was trained without one: add --eps 8/255, say")
+    return ThreatModel(args.norm or page["settings"].get("norm", "Linf"), eps)
+
+
+def data_of_run(args: Any, page: dict[str, Any]) -> DataSet:
+    """:return: What ``--data`` names, else the run's own data, whose content must still be that of the training."""
+    from art_saliency import _checks
+    from art_saliency.data import load_data
+
+    known = page["data"]
+    data = load_data(args.data or known["spec"], root=args.data_root or known.get("root"), size=known.get("size"))
+    if args.data is None and data.fingerprint() != known["fingerprint"]:
+        got = f"{known['spec']} with other content than in training"
+        raise _checks.refuse("data", got, "the same", "say so on purpose: --data " + known["spec"])
+    return data
 
 
 def say(args: Any, text: str) -> None:

@@ -7,29 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from art_saliency import _checks
-from art_saliency.gradients import cosine, importance, input_gradient
-from art_saliency.modes import evaluating, frozen
+from art_saliency.evaluation.saliency_maps import loss_saliency, unit_maps
+from art_saliency.gradients import cosine, importance
+from art_saliency.modes import evaluating
 
-__all__ = ["loss_saliency", "saliency_panel"]
-
-
-def loss_saliency(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """
-    The gradient of the cross-entropy with respect to the images, in eval mode.
-
-    :param model: Maps (N, C, H, W) in [0, 1] to logits. :param x: (N, C, H, W). :param y: (N,) int64.
-    :return: (N, C, H, W), detached.
-    """
-    with evaluating(model), frozen(model), torch.enable_grad():
-        x = x.detach().requires_grad_(True)
-        return input_gradient(F.cross_entropy(model(x), y, reduction="sum"), x)
+__all__ = ["saliency_panel", "show"]
 
 
-def _show(axis: Any, image: Tensor, title: str | None = None, **options: Any) -> None:
+def show(axis: Any, image: Tensor, title: str | None = None, **options: Any) -> None:
+    """Draw one image without ticks or frame. :param axis: Matplotlib's. :param image: (C, H, W). :param options: Of ``imshow``."""
     picture = image.permute(1, 2, 0).cpu().numpy()
     axis.imshow(picture[..., 0] if picture.shape[-1] == 1 else picture, interpolation="nearest", **options)
     axis.set_xticks([])
@@ -38,11 +27,6 @@ def _show(axis: Any, image: Tensor, title: str | None = None, **options: Any) ->
         side.set_visible(False)
     if title is not None:
         axis.set_title(title, fontsize=8, pad=2)
-
-
-def _unit(maps: Tensor) -> Tensor:
-    """Scale each map to [0, 1] by its own greatest value: shapes are compared, not sizes."""
-    return maps / maps.flatten(1).amax(1).clamp_min(torch.finfo(maps.dtype).tiny).view(-1, 1, 1, 1)
 
 
 def saliency_panel(
@@ -77,15 +61,15 @@ def saliency_panel(
     FigureCanvasAgg(figure)
     axes = figure.subplots(4, columns, squeeze=False)
     rows = ("input", "adversarial\ninput", "saliency\nat input", "saliency at\nadversarial")
-    maps = [_unit(importance(gradient)) for gradient in gradients]
+    maps = [unit_maps(importance(gradient)) for gradient in gradients]
     for column in range(columns):
         for row, images in enumerate((x, x_adv)):
             wrong = predicted[row][column] != int(y[column])
-            _show(axes[row][column], images[column], f"→ {name(predicted[row][column])}", vmin=0, vmax=1, cmap="gray")
+            show(axes[row][column], images[column], f"→ {name(predicted[row][column])}", vmin=0, vmax=1, cmap="gray")
             axes[row][column].title.set_color("#b00020" if wrong else "#1b5e20")
         for row, maps_of_row in enumerate(maps, start=2):
             text = f"cos {float(agreement[column]):.2f}" if row == 3 else None
-            _show(axes[row][column], maps_of_row[column], text, vmin=0, vmax=1, cmap="magma")
+            show(axes[row][column], maps_of_row[column], text, vmin=0, vmax=1, cmap="magma")
     for row, text in enumerate(rows):
         axes[row][0].set_ylabel(text, fontsize=8, rotation=0, ha="right", va="center", labelpad=6)
     figure.suptitle(title, fontsize=10)
