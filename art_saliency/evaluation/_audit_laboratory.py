@@ -1,0 +1,186 @@
+"""Where an audit's attacks are run: each image's score under each attack, on a network that may answer at random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+
+from art_saliency.attacks import AttackLoss, fgsm, pgd
+from art_saliency.errors import UnsupportedModelError
+from art_saliency.evaluation._audit_copies import Averaged
+from art_saliency.gradients import input_gradient
+from art_saliency.randomness import RandomSource, uniform
+from art_saliency.threat import ThreatModel
+
+Attack = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class AuditBudget:
+    """
+    How hard an audit tries.
+
+    :param max_iter: Steps of the gradient attacks. :param restarts: Of the two strongest ones.
+    :param long: How many times as many steps the long attack has.
+    :param noise_draws: Random perturbations an image has to stand. :param square_queries: Of the black-box attack.
+    :param repeats: Forward passes that a randomised network is scored over.
+    :param eot: Passes that each of its gradients averages; its attacks are not restarted, and the long one is twice as long.
+    """
+
+    max_iter: int = 100
+    restarts: int = 5
+    long: int = 10
+    noise_draws: int = 20
+    square_queries: int = 1000
+    repeats: int = 10
+    eot: int = 16
+
+
+class Laboratory:
+    """
+    One network, one set of images, one threat model. The network is in eval mode and frozen as long as it is used.
+
+    :param model: Maps (N, C, H, W) in [0, 1] to logits.
+    :param x: (N, C, H, W) where the network is. :param y: (N,).
+    :ivar randomised: Whether two forward passes of the same images differ.
+    :ivar differentiable: Whether logits have a gradient to the images at all.
+    :ivar clean: (N,) scores: the share of forward passes in which a clean image is classified right.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        threat: ThreatModel,
+        budget: AuditBudget,
+        *,
+        batch_size: int,
+        seed: int,
+        bar: Any = None,
+    ) -> None:
+        self.model, self.x, self.y, self.threat, self.budget = model, x, y, threat, budget
+        self.batch_size, self.seed = batch_size, seed
+        self.bar = tqdm(disable=True) if bar is None else bar
+        first, second = self.logits(x), self.logits(x)
+        self.spread = _relative(first, second)
+        self.randomised = self.spread > 1e-4  # AutoAttack's own threshold
+        self.alone = max(_relative(self.logits(x[i : i + 1]), first[i : i + 1]) for i in range(min(4, len(x))))
+        self.gap = float((first.topk(2, dim=1).values @ first.new_tensor([1.0, -1.0])).abs().median())
+        self.restarts, self.long = (1, 2) if self.randomised else (budget.restarts, budget.long)
+        self.differentiable = self._is_differentiable()
+        self.clean = self.score(x)
+        self.standing = self.clean > 0
+
+    def logits(self, x: Tensor) -> Tensor:
+        """:return: (N, K) float32, without a graph."""
+        with torch.no_grad():
+            return torch.cat([self.model(part).float() for part in x.split(self.batch_size)])
+
+    def score(self, x: Tensor) -> Tensor:
+        """:return: (N,) the share of forward passes in which the class is right; logits that are not finite are no answer."""
+        found = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        passes = self.budget.repeats if self.randomised else 1
+        for _ in range(passes):
+            logits = self.logits(x)
+            found += torch.isfinite(logits).all(1) & (logits.argmax(1) == self.y)
+        return (found / passes).cpu()
+
+    def _is_differentiable(self) -> bool:
+        try:
+            self.gradients(self.x[:1], self.y[:1], lambda logits, y: logits.gather(1, y[:, None])[:, 0])
+        except UnsupportedModelError:
+            return False
+        return True
+
+    def gradients(self, x: Tensor, y: Tensor, loss: AttackLoss) -> Tensor:
+        """:return: (N, C, H, W) input gradients of a loss."""
+        found = []
+        for images, labels in zip(x.split(self.batch_size), y.split(self.batch_size), strict=True):
+            with torch.enable_grad():
+                images = images.detach().requires_grad_(True)
+                found.append(input_gradient(loss(self.model(images), labels).sum(), images))
+        return torch.cat(found)
+
+    def under(self, name: str, attack: Attack) -> Tensor:
+        """
+        Score every image under an attack; images that are wrong without one are left out of it and count 0.
+
+        :param attack: (x, y) -> x_adv. :return: (N,) scores, none above the clean one.
+        """
+        self.bar.set_postfix(attack=name, refresh=True)
+        x_adv = self.x.clone()
+        rows = self.standing.to(self.x.device).nonzero()[:, 0]
+        for some in rows.split(self.batch_size):
+            x_adv[some] = attack(self.x[some], self.y[some])
+        return torch.minimum(self.score(x_adv), self.clean) * self.standing
+
+    def pgd(
+        self,
+        *,
+        model: nn.Module | None = None,
+        threat: ThreatModel | None = None,
+        max_iter: int | None = None,
+        restarts: int = 1,
+        eps_step: float | None = None,
+        loss: str | AttackLoss = "cross-entropy",
+    ) -> Attack:
+        """
+        PGD at the audit's budget, on the network or on another view of it; gradients of a randomised one are averaged.
+
+        A network without gradients is met with random starts only.
+
+        :return: The attack.
+        """
+        network = self._attacked() if model is None else model
+
+        def attack(x: Tensor, y: Tensor) -> Tensor:
+            return pgd(
+                network,
+                x,
+                y,
+                threat=self.threat if threat is None else threat,
+                max_iter=(self.budget.max_iter if max_iter is None else max_iter) if self.differentiable else 0,
+                restarts=restarts,
+                eps_step=eps_step,
+                loss=loss,
+                random=RandomSource(self.seed, x.device),
+            )
+
+        return attack
+
+    def _attacked(self) -> nn.Module:
+        return Averaged(self.model, self.budget.eot) if self.randomised else self.model
+
+    def fgsm(self, share: float) -> Attack:
+        """:return: One gradient step of a share of the radius, from the image itself."""
+        threat = ThreatModel(self.threat.norm, share * self.threat.eps)
+        return lambda x, y: fgsm(self._attacked(), x, y, threat=threat) if self.differentiable else x
+
+    def noise(self, x: Tensor, y: Tensor) -> Tensor:
+        """:return: The random perturbation, of several, that raises the loss most; half of them on the ball's rim."""
+        random = RandomSource(self.seed, x.device)
+        worst, score = x, torch.full((len(x),), -torch.inf, device=x.device)
+        for draw in range(self.budget.noise_draws):
+            if draw % 2:
+                moved = self.threat.random_start(x, random)
+            else:
+                moved = self.threat.project(
+                    x + self.threat.eps * self.threat.ascent_direction(uniform(x, random) - 0.5), x
+                )
+            logits = self.logits(moved)
+            wrong = logits.scatter(1, y[:, None], -torch.inf).amax(1) - logits.gather(1, y[:, None])[:, 0]
+            better = wrong > score
+            worst = torch.where(better.view(-1, *[1] * (x.ndim - 1)), moved, worst)
+            score = torch.where(better, wrong, score)
+        return worst
+
+
+def _relative(first: Tensor, second: Tensor) -> float:
+    """:return: The greatest distance of two passes' logits, relative to the logits' own size."""
+    return float((first - second).abs().max() / first.abs().max().clamp_min(1e-12))

@@ -1,0 +1,265 @@
+"""Does a network resist attacks, or does it hide its gradients from them? Checks with evidence, and a verdict."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial, reduce
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+
+from art_saliency import _checks
+from art_saliency.attacks import AdaptiveAttack, AttackLoss, InnerAttack
+from art_saliency.data import to_unit
+from art_saliency.evaluation import _audit_checks as checks
+from art_saliency.evaluation._audit_checks import Check
+from art_saliency.evaluation._audit_laboratory import AuditBudget, Laboratory
+from art_saliency.evaluation._autoattack_guard import process_kept, seed_everything
+from art_saliency.evaluation._autoattack_memory import weights_sha256
+from art_saliency.evaluation.accuracy import binomial_interval
+from art_saliency.evaluation.autoattack import AutoAttackResult, autoattack
+from art_saliency.evaluation.table import markdown_table, percent
+from art_saliency.evaluation.transfer import transfer
+from art_saliency.files import sha256_of_tensors
+from art_saliency.threat import ThreatModel
+
+__all__ = ["VERDICTS", "AuditBudget", "AuditReport", "Check", "audit", "collect_variants"]
+
+VERDICTS = {
+    checks.PASS: "consistent with true robustness",
+    checks.SUSPICIOUS: "suspicious",
+    checks.MASKED: "masked",
+}
+"""What the worst check's status makes of the whole. 'Consistent' is no proof: no set of attacks is."""
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """
+    What an audit found.
+
+    :ivar verdict: A value of :data:`VERDICTS`. :ivar reasons: Names of the checks that decided it; empty when none did.
+    :ivar checks: All of them. :ivar accuracies: Accuracy under each attack that ran, 0 to 1, with its 95 % interval.
+    :ivar count: Images. :ivar smallest: The smallest difference, 0 to 1, that could have convicted with so many images.
+    :ivar eps: In units of the [0, 1] pixel range. :ivar norm: ``"Linf"`` or ``"L2"``.
+    """
+
+    verdict: str
+    reasons: list[str]
+    checks: list[Check]
+    accuracies: dict[str, dict[str, Any]]
+    count: int
+    smallest: float
+    eps: float
+    norm: str
+    budget: dict[str, int]
+    seed: int
+    batch_size: int
+    weights_sha256: str
+    data_sha256: str
+    versions: dict[str, str]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """:return: Everything, JSON-able."""
+        return asdict(self)
+
+    def to_markdown(self) -> str:
+        """:return: The verdict, a table of the checks and what those that did not pass mean."""
+        lines = [f"**Verdict: {self.verdict}**" + (f" ({'; '.join(self.reasons)})" if self.reasons else "")]
+        lines += [
+            "",
+            f"{self.count} images, {self.norm} eps {self.eps:g}; with so many, a difference below "
+            f"{percent(self.smallest)} points cannot convict. {_CAUTION}",
+            "",
+            markdown_table(("check", "status", "found"), [(c.name, c.status, c.figure) for c in self.checks], left=3),
+        ]
+        lines += [
+            f"\n{c.name} ({c.threshold}). {c.meaning}"
+            for c in self.checks
+            if c.status in (checks.SUSPICIOUS, checks.MASKED)
+        ]
+        return "\n".join(lines)
+
+
+_CAUTION = "'Consistent' means that no sign of masking was found, which no set of attacks turns into a proof."
+
+
+def audit(
+    model: nn.Module,
+    x: Any,
+    y: Any,
+    *,
+    eps: float,
+    norm: str = "Linf",
+    autoattack_result: AutoAttackResult | None = None,
+    surrogates: Mapping[str, nn.Module] | None = None,
+    transferred: Tensor | None = None,
+    variants: Mapping[str, AdaptiveAttack] | None = None,
+    budget: AuditBudget | None = None,
+    batch_size: int = 250,
+    seed: int = 0,
+    progress: bool = True,
+) -> AuditReport:
+    """
+    Look for masked gradients.
+
+    The network and the process are left as they were: modes, gradients and their flags, random states.
+
+    :param model: Maps (N, C, H, W) in [0, 1] to logits; evaluated in eval mode.
+    :param x: (N, C, H, W) in [0, 1] or uint8: images that it was not trained on, 100 at least for a verdict that means much.
+    :param y: (N,) int64, or one-hot rows. :param eps: Radius, in units of the [0, 1] pixel range. :param norm: ``"Linf"`` or ``"L2"``.
+    :param autoattack_result: Of these images at this radius; ``None`` leaves the comparison with AutoAttack out.
+    :param surrogates: Other networks for transferred attacks, by name. :param transferred: (N,) bool, what
+        :attr:`~art_saliency.evaluation.transfer.TransferResult.correct` of these images already holds.
+    :param variants: Attacks made for the defence, as an objective's ``adaptive_variants()``; those of the network's own layers
+        are found.
+    :param budget: How hard to try. :param batch_size: Images at once. :param seed: Of everything random.
+    :param progress: Whether a bar is shown on stderr.
+    :return: The report.
+    :raises MissingDependencyError: When no distribution of AutoAttack is installed: Square is its authors'.
+    """
+    threat = ThreatModel(norm, _checks.real("eps", eps, above=0))
+    _checks.whole("batch_size", batch_size, least=1)
+    _checks.whole("seed", seed)
+    budget, began = budget or AuditBudget(), time.perf_counter()
+    images, labels = _placed(model, x, y, batch_size)
+    fingerprint = sha256_of_tensors({"x": images.cpu(), "y": labels.cpu()})
+    found = _of_these(autoattack_result, fingerprint, threat)
+    variants = {**collect_variants(model), **(variants or {})}
+    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": False}
+    square = autoattack(
+        model,
+        images,
+        labels,
+        eps=eps,
+        norm=norm,
+        version="custom",
+        attacks=["square"],
+        square_queries=budget.square_queries,
+        **options,
+    )
+    if surrogates and transferred is None:
+        transferred = transfer(model, images, labels, surrogates=surrogates, threat=threat, **options).correct
+    scores: dict[str, Tensor] = {}
+    with process_kept(model, {}), tqdm(desc="audit", unit="check", disable=not progress) as bar:
+        seed_everything(seed)
+        lab = Laboratory(model, images, labels, threat, budget, batch_size=batch_size, seed=seed, bar=bar)
+        scores["clean"] = lab.clean
+        standing = None if found is None else lab.score(found.x_adv.to(images)) if lab.randomised else found.correct
+        by_queries = lab.score(square.x_adv.to(images)) if lab.randomised else square.correct
+        words = "AutoAttack" if found is None else f"AutoAttack ({found.version})"
+        steps = [
+            checks.determinism,
+            checks.zero_gradients,
+            checks.smoothness,
+            checks.plateau,
+            checks.single_step,
+            checks.random_noise,
+            checks.logit_scale,
+            checks.radius,
+            checks.other_views,
+            checks.randomness,
+            partial(checks.black_box, square=by_queries, transferred=transferred),
+            partial(checks.autoattack_gap, found=standing, words=words),
+            partial(checks.adaptive, variants=variants),
+        ]
+        bar.total = len(steps)
+        outcome: list[Check] = []
+        for step in steps:
+            outcome += step(lab, scores)
+            bar.update()
+    status = next((s for s in (checks.MASKED, checks.SUSPICIOUS) if s in [c.status for c in outcome]), checks.PASS)
+    return AuditReport(
+        verdict=VERDICTS[status],
+        reasons=[c.name for c in outcome if c.status == status != checks.PASS],
+        checks=outcome,
+        accuracies={name: _with_interval(score) for name, score in scores.items()},
+        count=len(images),
+        smallest=_smallest_conviction(len(images)),
+        eps=threat.eps,
+        norm=norm,
+        budget=asdict(budget),
+        seed=seed,
+        batch_size=batch_size,
+        weights_sha256=weights_sha256(model),
+        data_sha256=fingerprint,
+        versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        seconds=time.perf_counter() - began,
+    )
+
+
+def collect_variants(model: nn.Module) -> dict[str, AdaptiveAttack]:
+    """
+    The attacks that a network's own layers publish by ``adaptive_variants()``.
+
+    :param model: The network. :return: By name; several layers' attacks of one name are made at once.
+    """
+    found: dict[str, list[AdaptiveAttack]] = {}
+    for module in model.modules():
+        publish = getattr(module, "adaptive_variants", None)
+        for name, attack in (publish() if callable(publish) else {}).items():
+            found.setdefault(name, []).append(attack)
+    return {name: reduce(_both, attacks) for name, attacks in found.items()}
+
+
+def _both(first: AdaptiveAttack, second: AdaptiveAttack) -> AdaptiveAttack:
+    """:return: One attack inside the other; where both bring a loss, the sum is maximised."""
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor, inner: InnerAttack) -> Tensor:
+        def within(network: nn.Module, images: Tensor, labels: Tensor, loss: AttackLoss | None = None) -> Tensor:
+            def innermost(n: nn.Module, i: Tensor, t: Tensor, other: AttackLoss | None = None) -> Tensor:
+                both = [part for part in (loss, other) if part is not None]
+                return inner(n, i, t, (lambda z, w: sum(part(z, w) for part in both)) if both else None)  # type: ignore[arg-type, return-value]
+
+            return second(network, images, labels, innermost)
+
+        return first(model, x, y, within)
+
+    return attack
+
+
+def _placed(model: nn.Module, x: Any, y: Any, batch_size: int) -> tuple[Tensor, Tensor]:
+    """:return: Images in [0, 1] and labels, checked, where the network is and in its type."""
+    images = to_unit(_checks.images(x, allow_uint8=True)).contiguous()
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
+    images = images.to(like.device, like.dtype)
+    with torch.no_grad(), process_kept(model, {}):
+        classes = model(images[:batch_size]).shape[1]
+    labels = _checks.labels(_checks.as_tensor("y", y).cpu(), len(images), classes, soft=False)
+    return images, labels.to(like.device)
+
+
+def _of_these(result: AutoAttackResult | None, fingerprint: str, threat: ThreatModel) -> AutoAttackResult | None:
+    """:return: The result, when it is of these very images at this radius."""
+    if result is None:
+        return None
+    if result.data_sha256 != fingerprint or (result.norm, result.eps) != (threat.norm, threat.eps):
+        raise _checks.refuse(
+            "autoattack_result",
+            f"one of other images, or at {result.norm} eps {result.eps:g}",
+            f"one of these images at {threat.norm} eps {threat.eps:g}",
+            "run autoattack() with the same x, y, eps and norm",
+        )
+    return result
+
+
+def _with_interval(score: Tensor) -> dict[str, Any]:
+    ends = binomial_interval(round(float(score.sum())), len(score))
+    return {"accuracy": float(score.mean()), "interval_95": list(ends), "count": len(score)}
+
+
+def _smallest_conviction(count: int) -> float:
+    """:return: The smallest difference that convicts when no image points the other way; above 1 when none can."""
+    for wrong in range(count + 1):
+        scores = torch.zeros(count)
+        scores[:wrong] = 1
+        if checks.ORDERS.status(checks.paired_difference(scores, torch.zeros(count))) == checks.MASKED:
+            return wrong / count
+    return (count + 1) / count

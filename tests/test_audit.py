@@ -1,0 +1,355 @@
+"""The audit on networks that mask their gradients on purpose, and on honest ones: it convicts the former and clears the latter."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from art_saliency.attacks import pgd
+from art_saliency.data import load_data, to_unit
+from art_saliency.errors import InputError
+from art_saliency.evaluation import audit as module
+from art_saliency.evaluation.audit import VERDICTS, AuditBudget, audit, collect_variants
+from art_saliency.evaluation.autoattack import autoattack
+from art_saliency.evaluation.paired import paired_difference
+from art_saliency.networks import build_network
+from art_saliency.threat import ThreatModel
+from art_saliency.trainers.methods import TRAINERS
+from art_saliency.trainers.runs import make_classifier
+
+BUDGET = AuditBudget(max_iter=30, restarts=2, long=5, noise_draws=10, square_queries=400, repeats=8, eot=8)
+NOISY_BUDGET = AuditBudget(max_iter=15, restarts=1, noise_draws=4, square_queries=50, repeats=8, eot=4)
+CONSISTENT, SUSPICIOUS, MASKED = VERDICTS.values()
+
+
+@pytest.fixture(scope="module")
+def data():
+    digits = load_data("digits")
+    return to_unit(digits.x_test).float(), digits.y_test.clone()
+
+
+_TRAINED: dict[str, nn.Module] = {}
+
+
+def trained(method, eps=0.2, *, epochs=15, width=12, seed=0, **parameters):
+    key = repr((method, eps, epochs, width, seed, parameters))
+    if key not in _TRAINED:
+        digits = load_data("digits")
+        torch.manual_seed(seed)
+        model = build_network("small-cnn", num_classes=10, input_shape=digits.input_shape, width=width)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        classifier = make_classifier(
+            model, input_shape=digits.input_shape, num_classes=10, optimizer=optimizer, device=torch.device("cpu")
+        )
+        trainer = TRAINERS[method](classifier, eps=eps, **parameters)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(
+                digits.x_train,
+                digits.y_train,
+                batch_size=128,
+                nb_epochs=epochs,
+                scheduler="onecycle",
+                seed=seed,
+                verbose=False,
+            )
+        _TRAINED[key] = model
+    return _TRAINED[key]
+
+
+def audited(model, data, eps=0.2, **options):
+    """At most 150 images; a network that answers at random needs more of them, and gets less of everything else."""
+    count, budget = (360, NOISY_BUDGET) if getattr(model, "change", None) is noisy else (150, BUDGET)
+    return audit(model, *(part[:count] for part in data), eps=eps, budget=budget, progress=False, **options)
+
+
+# --- networks that mask on purpose ----------------------------------------------------------------------------------------
+
+
+class Before(nn.Module):
+    """Something done to the image before the network sees it."""
+
+    def __init__(self, model, change):
+        super().__init__()
+        self.model, self.change = model, change
+
+    def forward(self, x):
+        return self.model(self.change(x))
+
+
+class After(Before):
+    """Something done to the logits."""
+
+    def forward(self, x):
+        return self.change(self.model(x))
+
+
+def quantised(x):
+    return (8 * x).round() / 8
+
+
+def saturated(x):
+    return torch.sigmoid(400 * (x - 0.5))
+
+
+def shattered(x):
+    return x + 0.02 * torch.sin(500 * x)
+
+
+def noisy(x):
+    return x + 0.3 * torch.randn_like(x)
+
+
+def trained_with_noise():
+    """A standard network that has learnt to see through noise, and is given fresh noise in every pass."""
+    digits = load_data("digits")
+    x, y = to_unit(digits.x_train).float(), digits.y_train
+    torch.manual_seed(0)
+    model = build_network("small-cnn", num_classes=10, input_shape=digits.input_shape, width=12)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(15):
+        for rows in torch.randperm(len(x)).split(128):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(noisy(x[rows])), y[rows]).backward()
+            optimizer.step()
+    return Before(model, noisy)
+
+
+class OnlyWhenDeployed(nn.Module):
+    """Quantises in eval mode alone."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x if self.training else quantised(x))
+
+
+GUILTY = {
+    "quantising": (lambda: Before(trained("standard"), quantised), 0.1, "gradients exist"),
+    "saturating": (lambda: Before(trained("standard"), saturated), 0.2, "gradients beat queries"),
+    "noisy": (
+        trained_with_noise,
+        0.1,
+        "nothing rests on noise that the attacker cannot know|averaging over the randomness adds nothing",
+    ),
+    "shattered": (lambda: Before(trained("standard"), shattered), 0.1, "gradients beat queries"),
+    "logits x 100": (
+        lambda: After(trained("standard"), lambda z: 100 * z),
+        0.1,
+        "the size of the logits hides nothing",
+    ),
+    "eval mode only": (lambda: OnlyWhenDeployed(trained("standard")), 0.1, "train and eval mode agree"),
+    "overfitted": (
+        lambda: trained("fgsm-rs", 0.4, epochs=30, width=24, random_start=False),
+        0.4,
+        "what withstands one step withstands many",
+    ),
+}
+INNOCENT = {
+    "standard": lambda: trained("standard"),
+    "pgd-at": lambda: trained("pgd-at"),
+    "trades": lambda: trained("trades"),
+}
+
+
+@pytest.mark.parametrize("name", GUILTY)
+def test_the_guilty_are_convicted_for_the_right_reason(name, data):
+    make, eps, reason = GUILTY[name]
+    report = audited(make(), data, eps)
+    found = [(check.status, check.name, check.figure) for check in report.checks if check.status != "pass"]
+    assert report.verdict == MASKED, found
+    assert set(reason.split("|")) & set(report.reasons), found
+
+
+@pytest.mark.parametrize("name", INNOCENT)
+def test_the_innocent_are_not_convicted(name, data):
+    report = audited(INNOCENT[name](), data)
+    found = [(check.status, check.name, check.figure) for check in report.checks if check.status != "pass"]
+    assert report.verdict == CONSISTENT, found
+
+
+# --- what else it must do -------------------------------------------------------------------------------------------------
+
+
+def test_an_audit_leaves_the_network_and_the_process_as_they_were(data):
+    model = Before(build_network("small-cnn", num_classes=10, input_shape=(1, 8, 8), width=4), noisy)
+    model.train()
+    model.model.layer2.eval()
+    modes = [child.training for child in model.modules()]
+    weight = model.model.layer1[0].weight
+    weight.grad = torch.ones_like(weight)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    quick = AuditBudget(max_iter=2, restarts=1, long=1, noise_draws=2, square_queries=5, repeats=2, eot=2)
+    first, second = (audit(model, data[0][:8], data[1][:8], eps=0.1, budget=quick, progress=False) for _ in range(2))
+    assert [child.training for child in model.modules()] == modes
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.accuracies == second.accuracies
+    page = json.loads(json.dumps(first.to_json()))
+    assert page["checks"][0]["status"] == "suspicious"
+    for row in page["accuracies"].values():
+        assert row["interval_95"][0] <= row["accuracy"] <= row["interval_95"][1]
+    text = first.to_markdown()
+    assert first.verdict in text
+    assert all(check.name in text for check in first.checks)
+
+
+def test_a_network_without_gradients_is_convicted_and_not_a_crash(data):
+    class Detached(Before):
+        def forward(self, x):
+            return self.model(x.detach())
+
+    report = audited(Detached(trained("standard"), None), data, 0.1)
+    assert report.verdict == MASKED
+    assert {"gradients exist", "gradients beat queries"} <= set(report.reasons)
+
+
+class Stubborn(nn.Module):
+    """A layer that publishes an attack of its own."""
+
+    def __init__(self, name, seen):
+        super().__init__()
+        self.attack_name, self.seen = name, seen
+
+    def forward(self, x):
+        return quantised(x)
+
+    def adaptive_variants(self):
+        def attack(model, x, y, inner):
+            self.seen.append(type(model).__name__)
+            return inner(model[1], x, y)  # straight through: the network behind the quantisation
+
+        return {self.attack_name: attack}
+
+
+def test_a_layers_own_attack_is_found_and_convicts(data):
+    seen = []
+    report = audited(nn.Sequential(Stubborn("straight through", seen), trained("standard")), data, 0.1)
+    assert set(seen) == {"Sequential"}
+    assert "adaptive: straight through" in report.reasons
+
+
+def test_attacks_of_one_name_are_made_inside_each_other_and_their_losses_add_up():
+    def layer(value):
+        class Layer(nn.Module):
+            def adaptive_variants(self):
+                return {
+                    "both": lambda model, x, y, inner: inner(model, x, y, lambda z, t: torch.full((len(t),), value))
+                }
+
+        return Layer()
+
+    def base(model, x, y, loss=None):
+        return loss(torch.zeros(len(y), 3), y)
+
+    attacks = collect_variants(nn.Sequential(layer(1.0), layer(10.0), layer(100.0)))
+    assert list(attacks) == ["both"]
+    assert attacks["both"](nn.Identity(), torch.zeros(2, 1), torch.zeros(2), base).tolist() == [111.0, 111.0]
+
+
+def test_the_published_attacks_of_this_packages_methods_run(data):
+    from art_saliency.methods.aalp import AALP
+    from art_saliency.methods.adv_gsct import AdvGSCT
+    from art_saliency.methods.fsr import insert_fsr
+    from art_saliency.methods.j_sigr import JSIGR
+
+    x, y = data[0][:6], data[1][:6]
+    model = build_network("small-cnn", num_classes=10, input_shape=(1, 8, 8), width=4).eval()
+    insert_fsr(model, "layer2", 10, x, hidden=4)
+    insert_fsr(model, "layer3", 10, x, hidden=4)
+    threat = ThreatModel("Linf", 0.1)
+
+    def inner(network, images, labels, loss=None):
+        return pgd(network, images, labels, threat=threat, max_iter=2, loss=loss or "cross-entropy")
+
+    variants = collect_variants(model)
+    assert list(variants) == ["gate softened", "gate frozen", "auxiliary logits"]
+    for objective in (AALP(eps=0.1, layer="layer3"), AdvGSCT(eps=0.1), JSIGR(eps=0.1)):
+        variants.update(objective.adaptive_variants())
+    assert len(variants) == 6
+    before = model(x).detach()
+    for name, attack in variants.items():
+        x_adv = attack(model, x, y, inner)
+        assert float((x_adv - x).abs().max()) <= 0.1 + 1e-6, name
+        assert not torch.equal(x_adv, x), name
+        assert torch.equal(model(x), before), name
+
+
+def test_transfer_and_autoattack_join_the_evidence(data):
+    model, quick = trained("standard"), AuditBudget(max_iter=5, restarts=1, long=1, noise_draws=2, square_queries=10)
+    x, y = data[0][:40], data[1][:40]
+    found = autoattack(model, x, y, eps=0.1, version="custom", attacks=["apgd-ce"], progress=False)
+    options = {"eps": 0.1, "budget": quick, "progress": False}
+    report = audit(model, x, y, autoattack_result=found, surrogates={"twin": trained("standard", seed=1)}, **options)
+    assert report.accuracies["AutoAttack (custom)"]["accuracy"] == found.robust_accuracy
+    assert "attacks transferred from other networks" in report.accuracies
+    with pytest.raises(InputError, match="autoattack_result: got one of other images"):
+        audit(model, x[:30], y[:30], autoattack_result=found, **options)
+    with pytest.raises(InputError, match=r"eps 0\.1"):
+        audit(model, x, y, autoattack_result=found, **{**options, "eps": 0.2})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"eps": 0}, "eps: got 0"),
+        ({"norm": "L1"}, "norm: got 'L1'"),
+        ({"x": torch.rand(3, 8, 8)}, "x: got"),
+        ({"y": torch.tensor([11] * 4)}, "y: got"),
+        ({"batch_size": 0}, "batch_size: got 0"),
+    ],
+)
+def test_bad_arguments_are_named_and_touch_nothing(change, words):
+    model = build_network("small-cnn", num_classes=10, input_shape=(1, 8, 8), width=4)
+    given = {"x": torch.rand(4, 1, 8, 8), "y": torch.tensor([0, 1, 2, 3]), "eps": 0.1, **change}
+    with pytest.raises(InputError, match=words):
+        audit(model, given.pop("x"), given.pop("y"), progress=False, **given)
+    assert model.training
+
+
+# --- comparing two attacks ------------------------------------------------------------------------------------------------
+
+
+def test_a_matched_pairs_interval_is_agresti_and_mins():
+    """Their cells are n11, n12, n21, n22, each with half an image more."""
+    first = torch.tensor([1.0] * 30 + [1.0] * 9 + [0.0] * 4 + [0.0] * 17)
+    second = torch.tensor([1.0] * 30 + [0.0] * 9 + [1.0] * 4 + [0.0] * 17)
+    found = paired_difference(first, second)
+    n, b, c = 60 + 2, 9.5, 4.5
+    centre = (b - c) / n
+    half = 1.96 * math.sqrt((b + c) / n - centre**2) / math.sqrt(n)
+    assert found.value == pytest.approx(5 / 60)
+    assert (found.low, found.high) == (pytest.approx(centre - half), pytest.approx(centre + half))
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=60))
+def test_a_difference_lies_in_its_interval_and_turns_its_sign_with_the_order(pairs):
+    first, second = (torch.tensor([pair[i] / 4 for pair in pairs], dtype=torch.float64) for i in (0, 1))
+    forward, backward = paired_difference(first, second), paired_difference(second, first)
+    assert -1 <= forward.low <= forward.high <= 1
+    assert forward.value == pytest.approx(-backward.value)
+    assert forward.low == pytest.approx(-backward.high)
+
+
+def test_few_images_convict_nobody():
+    """A dozen images that all point one way are the least that a verdict can rest on."""
+    report_at = {count: module._smallest_conviction(count) for count in (3, 10, 100, 1000)}
+    assert report_at[3] > 1
+    assert report_at[10] > 0.4
+    assert 0.1 < report_at[100] < 0.2
+    assert report_at[1000] < 0.08
+    with pytest.raises(InputError, match="scores: got shapes"):
+        paired_difference(torch.zeros(3), torch.zeros(4))
