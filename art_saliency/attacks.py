@@ -41,7 +41,7 @@ AttackLoss = Callable[[Tensor, Tensor], Tensor]
 class InnerAttack(Protocol):
     """An attack that an :data:`AdaptiveAttack` calls."""
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, loss: AttackLoss | None = None) -> Tensor:
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, loss: AttackLoss | None = None, /) -> Tensor:
         """:return: (N, C, H, W), adversarial images; a loss of ``None`` is the attack's own."""
 
 

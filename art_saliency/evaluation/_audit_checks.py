@@ -451,7 +451,7 @@ def _with_known_noise(lab: Laboratory) -> Tensor:
     """:return: (N,) scores under PGD on the margin when every pass, the scored one included, draws the same numbers."""
     known, score = SameNoise(lab.model, lab.seed), torch.zeros(len(lab.x), dtype=torch.float64)
     attack = lab.pgd(model=known, loss="margin")
-    for rows in torch.arange(len(lab.x)).split(lab.batch_size):
+    for rows in torch.split(torch.arange(len(lab.x)), lab.batch_size):
         x, y = lab.x[rows.to(lab.x.device)], lab.y[rows.to(lab.x.device)]
         x_adv = attack(x, y)
         with torch.no_grad():

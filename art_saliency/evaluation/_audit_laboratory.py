@@ -80,7 +80,7 @@ class Laboratory:
     def logits(self, x: Tensor) -> Tensor:
         """:return: (N, K) float32, without a graph."""
         with torch.no_grad():
-            return torch.cat([self.model(part).float() for part in x.split(self.batch_size)])
+            return torch.cat([self.model(part).float() for part in torch.split(x, self.batch_size)])
 
     def score(self, x: Tensor) -> Tensor:
         """:return: (N,) the share of forward passes in which the class is right; logits that are not finite are no answer."""
@@ -101,7 +101,7 @@ class Laboratory:
     def gradients(self, x: Tensor, y: Tensor, loss: AttackLoss) -> Tensor:
         """:return: (N, C, H, W) input gradients of a loss."""
         found = []
-        for images, labels in zip(x.split(self.batch_size), y.split(self.batch_size), strict=True):
+        for images, labels in zip(torch.split(x, self.batch_size), torch.split(y, self.batch_size), strict=True):
             with torch.enable_grad():
                 images = images.detach().requires_grad_(True)
                 found.append(input_gradient(loss(self.model(images), labels).sum(), images))
@@ -116,7 +116,7 @@ class Laboratory:
         self.bar.set_postfix(attack=name, refresh=True)
         x_adv = self.x.clone()
         rows = self.standing.to(self.x.device).nonzero()[:, 0]
-        for some in rows.split(self.batch_size):
+        for some in torch.split(rows, self.batch_size):
             x_adv[some] = attack(self.x[some], self.y[some])
         return torch.minimum(self.score(x_adv), self.clean) * self.standing
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from art_saliency import _checks
 from art_saliency.attacks import AttackLoss, pgd
-from art_saliency.data import to_unit
+from art_saliency.evaluation._inputs import checked, like, pixels
 from art_saliency.modes import evaluating
 from art_saliency.randomness import RandomSource
 from art_saliency.threat import ThreatModel
@@ -34,38 +34,15 @@ def binomial_interval(successes: int, count: int, *, z: float = 1.96) -> tuple[f
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == count else centre + half)
 
 
-def _like(model: nn.Module, x: Tensor) -> Tensor:
-    """:return: A tensor that lies where the network computes, in the type in which it computes."""
-    return next((p for p in model.parameters() if p.is_floating_point()), x if x.is_floating_point() else x[:0].float())
-
-
-def _pixels(x: Tensor, like: Tensor) -> Tensor:
-    x = x.to(like.device)
-    return to_unit(x).to(like.dtype)
-
-
-def _checked(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """
-    Images and labels that fit each other and the network.
-
-    One image goes through the network to count its classes: a label beyond them would be counted as an error of the
-    network, and ends a CUDA process when it reaches a loss.
-    """
-    x = _checks.images(x, allow_uint8=True)
-    with evaluating(model), torch.no_grad():
-        classes = model(_pixels(x[:1], _like(model, x))).shape[1]
-    return x, _checks.labels(y, len(x), classes, soft=False)
-
-
 def _share_correct(
     model: nn.Module, x: Tensor, y: Tensor, batch_size: int, perturb: Callable[[Tensor, Tensor], Tensor]
 ) -> float:
-    like = _like(model, x)
-    correct = torch.zeros((), dtype=torch.long, device=like.device)
+    home = like(model, x)
+    correct = torch.zeros((), dtype=torch.long, device=home.device)
     with evaluating(model):
         for start in range(0, len(x), batch_size):
-            images = _pixels(x[start : start + batch_size], like)
-            targets = y[start : start + batch_size].to(like.device)
+            images = pixels(x[start : start + batch_size], home)
+            targets = y[start : start + batch_size].to(home.device)
             images = perturb(images, targets)
             with torch.no_grad():
                 correct += (model(images).argmax(1) == targets).sum()
@@ -81,7 +58,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 256) -
     :param y: (N,) int64, or one-hot rows (N, K).
     :return: 0 to 1.
     """
-    x, y = _checked(model, x, y)
+    x, y = checked(model, x, y)
     return _share_correct(model, x, y, _checks.whole("batch_size", batch_size, least=1), lambda images, _: images)
 
 
@@ -105,8 +82,8 @@ def pgd_accuracy(
     :param seed: Of the random starts. The other parameters are those of :func:`accuracy` and of the attack.
     :return: 0 to 1.
     """
-    x, y = _checked(model, x, y)
-    random = RandomSource(seed, _like(model, x).device)
+    x, y = checked(model, x, y)
+    random = RandomSource(seed, like(model, x).device)
 
     def perturb(images: Tensor, targets: Tensor) -> Tensor:
         return pgd(

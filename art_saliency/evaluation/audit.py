@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial, reduce
 from typing import Any
@@ -16,14 +16,15 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from art_saliency import _checks
 from art_saliency.attacks import AdaptiveAttack, AttackLoss, InnerAttack
-from art_saliency.data import to_unit
 from art_saliency.evaluation import _audit_checks as checks
 from art_saliency.evaluation._audit_checks import Check
 from art_saliency.evaluation._audit_laboratory import AuditBudget, Laboratory
 from art_saliency.evaluation._autoattack_guard import process_kept, seed_everything
 from art_saliency.evaluation._autoattack_memory import weights_sha256
+from art_saliency.evaluation._inputs import placed
 from art_saliency.evaluation.accuracy import binomial_interval
 from art_saliency.evaluation.autoattack import AutoAttackResult, autoattack
+from art_saliency.evaluation.paired import paired_difference
 from art_saliency.evaluation.table import markdown_table, percent
 from art_saliency.evaluation.transfer import transfer
 from art_saliency.files import sha256_of_tensors
@@ -129,7 +130,7 @@ def audit(
     _checks.whole("batch_size", batch_size, least=1)
     _checks.whole("seed", seed)
     budget, began = budget or AuditBudget(), time.perf_counter()
-    images, labels = _placed(model, x, y, batch_size)
+    images, labels = placed(model, x, y)
     fingerprint = sha256_of_tensors({"x": images.cpu(), "y": labels.cpu()})
     found = _of_these(autoattack_result, fingerprint, threat)
     variants = {**collect_variants(model), **(variants or {})}
@@ -148,14 +149,14 @@ def audit(
     if surrogates and transferred is None:
         transferred = transfer(model, images, labels, surrogates=surrogates, threat=threat, **options).correct
     scores: dict[str, Tensor] = {}
-    with process_kept(model, {}), tqdm(desc="audit", unit="check", disable=not progress) as bar:
+    with process_kept(model, {}), tqdm(desc="audit", unit="check", disable=not progress, leave=None) as bar:
         seed_everything(seed)
         lab = Laboratory(model, images, labels, threat, budget, batch_size=batch_size, seed=seed, bar=bar)
         scores["clean"] = lab.clean
         standing = None if found is None else lab.score(found.x_adv.to(images)) if lab.randomised else found.correct
         by_queries = lab.score(square.x_adv.to(images)) if lab.randomised else square.correct
         words = "AutoAttack" if found is None else f"AutoAttack ({found.version})"
-        steps = [
+        steps: list[Callable[[Laboratory, dict[str, Tensor]], list[Check]]] = [
             checks.determinism,
             checks.zero_gradients,
             checks.smoothness,
@@ -213,27 +214,19 @@ def _both(first: AdaptiveAttack, second: AdaptiveAttack) -> AdaptiveAttack:
     """:return: One attack inside the other; where both bring a loss, the sum is maximised."""
 
     def attack(model: nn.Module, x: Tensor, y: Tensor, inner: InnerAttack) -> Tensor:
-        def within(network: nn.Module, images: Tensor, labels: Tensor, loss: AttackLoss | None = None) -> Tensor:
-            def innermost(n: nn.Module, i: Tensor, t: Tensor, other: AttackLoss | None = None) -> Tensor:
-                both = [part for part in (loss, other) if part is not None]
-                return inner(n, i, t, (lambda z, w: sum(part(z, w) for part in both)) if both else None)  # type: ignore[arg-type, return-value]
+        def within(model: nn.Module, x: Tensor, y: Tensor, loss: AttackLoss | None = None) -> Tensor:
+            def innermost(model: nn.Module, x: Tensor, y: Tensor, other: AttackLoss | None = None) -> Tensor:
+                return inner(model, x, y, _sum_of([part for part in (loss, other) if part is not None]))
 
-            return second(network, images, labels, innermost)
+            return second(model, x, y, innermost)
 
         return first(model, x, y, within)
 
     return attack
 
 
-def _placed(model: nn.Module, x: Any, y: Any, batch_size: int) -> tuple[Tensor, Tensor]:
-    """:return: Images in [0, 1] and labels, checked, where the network is and in its type."""
-    images = to_unit(_checks.images(x, allow_uint8=True)).contiguous()
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(0))
-    images = images.to(like.device, like.dtype)
-    with torch.no_grad(), process_kept(model, {}):
-        classes = model(images[:batch_size]).shape[1]
-    labels = _checks.labels(_checks.as_tensor("y", y).cpu(), len(images), classes, soft=False)
-    return images, labels.to(like.device)
+def _sum_of(losses: list[AttackLoss]) -> AttackLoss | None:
+    return (lambda logits, y: torch.stack([loss(logits, y) for loss in losses]).sum(0)) if losses else None
 
 
 def _of_these(result: AutoAttackResult | None, fingerprint: str, threat: ThreatModel) -> AutoAttackResult | None:
@@ -260,6 +253,6 @@ def _smallest_conviction(count: int) -> float:
     for wrong in range(count + 1):
         scores = torch.zeros(count)
         scores[:wrong] = 1
-        if checks.ORDERS.status(checks.paired_difference(scores, torch.zeros(count))) == checks.MASKED:
+        if checks.ORDERS.status(paired_difference(scores, torch.zeros(count))) == checks.MASKED:
             return wrong / count
     return (count + 1) / count

@@ -296,7 +296,7 @@ def _recount(correct: Tensor, by_autoattack: Tensor) -> list[str]:
 def _progress_bar(plan: Plan, clean: Tensor, *, shown: bool) -> Iterator[Callable[[str, dict[str, Tally]], None]]:
     """A bar over images times attacks, with the running robust accuracy. :return: What each batch is reported to."""
     count, standing = len(clean), int(clean.sum())
-    with tqdm(total=count * len(plan.attacks), desc="AutoAttack", unit="image", disable=not shown) as bar:
+    with tqdm(total=count * len(plan.attacks), desc="AutoAttack", unit="image", disable=not shown, leave=None) as bar:
 
         def seen(attack: str, tallies: dict[str, Tally]) -> None:
             left, tally = standing - sum(t.fooled for t in tallies.values()), tallies[attack]

@@ -139,7 +139,9 @@ def array_corruption_accuracy(
     most = len(arrays.labels)
     rows = most if count is None else _checks.whole("count", count, least=1, most=most)
     correct: dict[str, dict[int, int]] = {name: {} for name in arrays.images}
-    with tqdm(total=len(correct) * len(chosen) * rows, desc="corruptions", unit="image", disable=not progress) as bar:
+    with tqdm(
+        total=len(correct) * len(chosen) * rows, desc="corruptions", unit="image", disable=not progress, leave=None
+    ) as bar:
         for name, by_severity in correct.items():
             for severity in chosen:
                 x = arrays.block(name, severity)[:rows]

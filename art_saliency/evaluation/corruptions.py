@@ -283,7 +283,9 @@ def corruption_accuracy(
     _checks.whole("seed", seed)
     clean = round(accuracy(model, images, y, batch_size=batch_size) * count)
     correct = {name: dict.fromkeys(chosen, 0) for name in names}
-    with tqdm(total=len(names) * len(chosen) * count, desc="corruptions", unit="image", disable=not progress) as bar:
+    with tqdm(
+        total=len(names) * len(chosen) * count, desc="corruptions", unit="image", disable=not progress, leave=None
+    ) as bar:
         for name, by_severity in correct.items():
             for severity in chosen:
                 for start in range(0, count, batch_size):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from art_saliency import _checks
-from art_saliency.evaluation.accuracy import _checked, _like, _pixels
+from art_saliency.evaluation._inputs import pixels, placed
 from art_saliency.evaluation.saliency_maps import (
     SaliencyMap,
     gradient_times_input,
@@ -188,12 +188,11 @@ def _measure(
 
 def _prepared(model: nn.Module, x: Any, y: Any, x_adv: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Check images and labels, and bring them to the network's device and type."""
-    x, y = _checked(model, x, y)
+    x, y = placed(model, x, y)
     x_adv = _checks.images(x_adv, name="x_adv", shape=tuple(x.shape[1:]), allow_uint8=True)
     if len(x_adv) != len(x):
         raise _checks.refuse("x_adv", f"{len(x_adv)} images", f"{len(x)}, one for each of x")
-    like = _like(model, x)
-    return _pixels(x, like), y.to(like.device), _pixels(x_adv, like)
+    return x, y, pixels(x_adv, x)
 
 
 def saliency_report(

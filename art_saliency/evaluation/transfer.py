@@ -16,7 +16,8 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 from art_saliency import _checks
 from art_saliency.data import to_unit
 from art_saliency.evaluation._autoattack_memory import weights_sha256
-from art_saliency.evaluation.accuracy import _checked, _like, _pixels, binomial_interval
+from art_saliency.evaluation._inputs import checked, like, pixels
+from art_saliency.evaluation.accuracy import binomial_interval
 from art_saliency.evaluation.transfer_attacks import TRANSFER_ATTACKS, ensemble_logits, transfer_attack
 from art_saliency.files import sha256_of_tensors
 from art_saliency.modes import evaluating
@@ -181,23 +182,23 @@ def transfer(
     _checks.whole("seed", seed)
     _checks.whole("max_iter", max_iter)
     step = 2.5 * threat.eps / max(max_iter, 1) if eps_step is None else _checks.real("eps_step", eps_step, least=0)
-    images, targets = _checked(model, _checks.as_tensor("x", x), _checks.as_tensor("y", y))
-    like = _like(model, images)
-    sources = _sources(model, surrogates, _pixels(images[:1], like))
-    random = {(source, attack): RandomSource(seed, like.device) for source in sources for attack in names}
+    images, targets = checked(model, x, y)
+    home = like(model, images)
+    sources = _sources(model, surrogates, pixels(images[:1], home))
+    random = {(source, attack): RandomSource(seed, home.device) for source in sources for attack in names}
     found = {pair: [0, 0] for pair in random}
     standing, clean = torch.zeros(len(images), dtype=torch.bool), dict.fromkeys(surrogates, 0)
     clean_correct = 0
-    with tqdm(total=len(images) * len(found), desc="transfer", unit="image", disable=not progress) as bar:
-        for rows, pixels, labels in _batches(images, targets, like, batch_size):
-            left = _right([model], pixels, labels)
+    with tqdm(total=len(images) * len(found), desc="transfer", unit="image", disable=not progress, leave=None) as bar:
+        for rows, some, labels in _batches(images, targets, home, batch_size):
+            left = _right([model], some, labels)
             clean_correct += int(left.sum())
             for name in surrogates:
-                clean[name] += int(_right(sources[name], pixels, labels).sum())
+                clean[name] += int(_right(sources[name], some, labels).sum())
             for (source, attack), counts in found.items():
                 x_adv = transfer_attack(
                     sources[source],
-                    pixels,
+                    some,
                     labels,
                     threat=threat,
                     max_iter=max_iter,
@@ -209,7 +210,7 @@ def transfer(
                 counts[0] += int(resisted.sum())
                 counts[1] += int(_right(sources[source], x_adv, labels).sum())
                 left &= resisted
-                bar.update(len(pixels))
+                bar.update(len(some))
             standing[rows] = left.cpu()
     return TransferResult(
         correct=standing,
@@ -231,11 +232,11 @@ def transfer(
     )
 
 
-def _batches(x: Tensor, y: Tensor, like: Tensor, batch_size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _batches(x: Tensor, y: Tensor, home: Tensor, batch_size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """:return: Which images, their pixels and their labels, where the network is."""
     for start in range(0, len(x), batch_size):
         rows = slice(start, start + batch_size)
-        yield rows, _pixels(x[rows], like), y[rows].to(like.device)
+        yield rows, pixels(x[rows], home), y[rows].to(home.device)
 
 
 def _right(networks: Sequence[nn.Module], x: Tensor, y: Tensor) -> Tensor:
@@ -276,7 +277,7 @@ def _check_surrogate(name: str, network: nn.Module, example: Tensor, wanted: tor
         )
     if not isinstance(network, nn.Module):
         raise _checks.refuse(where, f"a {type(network).__name__}", "a torch.nn.Module")
-    home = _like(network, example)
+    home = like(network, example)
     if (home.device, home.dtype) != (example.device, example.dtype):
         raise _checks.refuse(
             where,

@@ -235,7 +235,7 @@ class AdvGSCT(Objective):
         prediction_consensus: float = 3.0,
         linearity: float = 0.0,
         warmup_share: float = 0.2,
-        eps_warmup_share: float = 0.3,
+        eps_warmup_share: float = 0.2,
         saliency: str | Callable[[Tensor, Tensor], Tensor] = "loss",
         offending: str | Callable[[Tensor, ThreatModel, RandomSource | None], Tensor] = "random-start",
         pseudo_input: str | PseudoInput = "essential",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from art_saliency import _checks
+from art_saliency.attacks import AdaptiveAttack
 from art_saliency.randomness import RandomSource
 
 __all__ = [

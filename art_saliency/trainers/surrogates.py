@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,19 @@ from torch import nn
 from torch.optim import Optimizer
 
 from art_saliency import _checks
+from art_saliency.attacks import AdaptiveAttack
 from art_saliency.augmentation import augmentation_by_name
 from art_saliency.data import DataSet
 from art_saliency.errors import CheckpointError
 from art_saliency.evaluation.transfer import surrogates_for
 from art_saliency.files import read_tensors
+from art_saliency.methods import OBJECTIVES
 from art_saliency.networks import build_network
 from art_saliency.threat import ThreatModel
 from art_saliency.trainers.methods import TRAINERS
 from art_saliency.trainers.runs import make_classifier
 
-__all__ = ["Recipe", "describe_optimizer", "load_weights", "train_surrogates"]
+__all__ = ["Recipe", "describe_optimizer", "load_weights", "train_surrogates", "variants_of_run"]
 
 _NOT_COPIED = ("maps_file",)  # parameters that name a file of the run itself, which a copy must not share
 
@@ -182,3 +185,20 @@ def _radius(page: dict[str, Any], threat: ThreatModel | None) -> dict[str, Any]:
     if page["settings"].get("eps") is None:
         raise _checks.refuse("threat", "nothing", "a threat model", "the run was trained without one")
     return {"eps": page["settings"]["eps"], "norm": page["settings"].get("norm", "Linf")}
+
+
+def variants_of_run(page: dict[str, Any]) -> Mapping[str, AdaptiveAttack]:
+    """
+    The attacks that were made for the method by which a run was trained, for the audit.
+
+    :param page: The run's ``run.json``. :return: By name; none for a method whose settings hold a function, which JSON cannot.
+    """
+    name = page["method"].partition("+")[2] or page["settings"].get("base") or page["method"]
+    objective = OBJECTIVES.get(name)
+    if objective is None:
+        return {}
+    known = set(objective.parameter_names())
+    settings = {key: value for key, value in page["settings"].items() if key in known}
+    if any(isinstance(value, dict) for value in settings.values()):
+        return {}
+    return objective(**settings).adaptive_variants()

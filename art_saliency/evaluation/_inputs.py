@@ -1,0 +1,45 @@
+"""Images and labels that fit each other and the network, where the network computes and in the type in which it does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from art_saliency import _checks
+from art_saliency.data import to_unit
+from art_saliency.modes import evaluating
+
+
+def like(model: nn.Module, x: Tensor) -> Tensor:
+    """:return: A tensor that lies where the network computes, in the type in which it computes."""
+    return next((p for p in model.parameters() if p.is_floating_point()), x if x.is_floating_point() else x[:0].float())
+
+
+def pixels(x: Tensor, reference: Tensor) -> Tensor:
+    """:return: The images in [0, 1], where `reference` lies and in its type."""
+    return to_unit(x.to(reference.device)).to(reference.dtype)
+
+
+def checked(model: nn.Module, x: Any, y: Any) -> tuple[Tensor, Tensor]:
+    """
+    Check images and labels against each other and the network.
+
+    One image goes through the network to count its classes: a label beyond them would be counted as an error of the
+    network, and ends a CUDA process when it reaches a loss.
+
+    :param x: (N, C, H, W) in [0, 1], or uint8. :param y: (N,), or one-hot rows.
+    :return: The images as they are, and the labels as (N,) int64.
+    """
+    x = _checks.images(x, allow_uint8=True)
+    with evaluating(model), torch.no_grad():
+        classes = model(pixels(x[:1], like(model, x))).shape[1]
+    return x, _checks.labels(y, len(x), classes, soft=False)
+
+
+def placed(model: nn.Module, x: Any, y: Any) -> tuple[Tensor, Tensor]:
+    """:return: :func:`checked` images and labels, brought to where the network is; all of them at once."""
+    images, labels = checked(model, x, y)
+    reference = like(model, images)
+    return pixels(images, reference).contiguous(), labels.to(reference.device)

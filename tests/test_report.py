@@ -1,0 +1,216 @@
+"""The report: whole or not at all, every accuracy with its interval, every key documented, every figure drawn."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib.resources import files
+
+import pytest
+import torch
+from PIL import Image
+
+from art_saliency.cli import main
+from art_saliency.data import load_data, to_unit
+from art_saliency.errors import InputError
+from art_saliency.evaluation import report as module
+from art_saliency.evaluation.audit import AuditBudget
+from art_saliency.evaluation.figures_report import loss_surface
+from art_saliency.evaluation.report import STEPS, full_report
+from art_saliency.networks import build_network
+from art_saliency.threat import ThreatModel
+
+QUICK = AuditBudget(max_iter=4, restarts=1, long=1, noise_draws=2, square_queries=10)
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A standard network on digits: a few steps, so that some images stand and some fall."""
+    data = load_data("digits")
+    x, y = to_unit(data.x_train).float(), data.y_train
+    torch.manual_seed(0)
+    model = build_network("small-cnn", num_classes=10, input_shape=data.input_shape, width=6)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(6):
+        for rows in torch.randperm(len(x)).split(128):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+    return model, data.x_test[:30], data.y_test[:30]
+
+
+@pytest.fixture(scope="module")
+def report(network):
+    model, x, y = network
+    twin = build_network("small-cnn", num_classes=10, input_shape=(1, 8, 8), width=4)
+    return full_report(
+        model, x, y, eps=0.05, name="net", data_name="digits", budget=QUICK, audit_images=20, saliency_images=8,
+        surrogates={"twin": twin}, progress=False,
+    )  # fmt: skip
+
+
+def rows_of(value, path=""):
+    """Every place in a page that holds an accuracy."""
+    if isinstance(value, dict):
+        if "accuracy" in value and isinstance(value["accuracy"], float):
+            yield path, value
+        for key, item in value.items():
+            yield from rows_of(item, f"{path}/{key}")
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from rows_of(item, f"{path}/{number}")
+
+
+def test_every_accuracy_has_its_interval(report):
+    found = list(rows_of(report.page))
+    assert len(found) > 60
+    for path, row in found:
+        low, high = row["interval_95"]
+        assert low - 1e-9 <= row["accuracy"] <= high + 1e-9, path
+    page = report.page
+    assert page["autoattack"]["accuracy"] <= page["pgd20"]["accuracy"] <= page["clean"]["accuracy"]
+    assert list(page["accuracy_against_steps"]) == [str(n) for n in STEPS]
+    left = [row["accuracy"] for row in page["waterfall"].values()]
+    assert left == sorted(left, reverse=True)
+    assert left[0] == page["clean"]["accuracy"]
+    assert left[-1] == page["autoattack"]["accuracy"]
+    radii = page["accuracy_against_eps"]
+    assert next(iter(radii)) == "0"
+    assert radii["0"]["accuracy"] == page["audit"]["accuracies"]["clean"]["accuracy"]
+    assert [float(eps) for eps in radii] == sorted(map(float, radii))
+
+
+def test_every_key_is_documented_and_no_other(report):
+    text = files("art_saliency.evaluation").joinpath("report.md").read_text(encoding="utf-8")
+    table = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    documented = set(re.findall(r"`(\w+)`", " ".join(table)))
+    assert documented == set(report.page)
+    assert f"schema {module.SCHEMA}" in text
+
+
+def test_it_is_written_whole_and_reads_on_its_own(report, tmp_path):
+    folder = report.write(tmp_path / "deep" / "report")
+    assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(report.page))
+    text = (folder / "report.md").read_text()
+    for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+        with Image.open(folder / picture) as image:
+            assert min(image.size) > 300
+            assert len(image.convert("L").getcolors(256) or range(300)) > 20, "an empty picture"
+    assert len(re.findall(r"!\[", text)) == 5
+    assert report.audit.verdict in text
+    assert all(check.name in text for check in report.audit.checks)
+    assert "twin" in text
+    assert [path.name for path in folder.parent.iterdir()] == ["report"]
+    with pytest.raises(InputError, match="which is there already"):
+        report.write(folder)
+
+
+def test_a_report_that_cannot_be_finished_leaves_the_old_one(report, tmp_path, monkeypatch):
+    folder = report.write(tmp_path / "report")
+    before = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    def interrupted(page, figures):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "markdown", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        report.write(folder, force=True)
+    assert {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+def test_a_loss_surface_is_the_margin_at_its_places():
+    """Of a linear network, by hand: it rises along the gradient's sign by the sum of its weights, and is flat across classes."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1.0, -2.0, 3.0, -4.0], [0.0] * 4]))
+        model[1].bias.zero_()
+    x, y = torch.full((1, 1, 2, 2), 0.5), torch.tensor([0])
+    places, surface = loss_surface(model, x, y, threat=ThreatModel("Linf", 0.1), reach=2.0)
+    middle = len(places) // 2
+    assert abs(float(places[middle])) < 1e-6
+    torch.testing.assert_close(surface[middle], 1.0 + 0.1 * places * 10)  # -w.x = 1 at x = 1/2; ||w||_1 = 10
+    assert surface.shape == (len(places), len(places))
+
+
+# --- the command ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    place = tmp_path_factory.mktemp("runs")
+    for method in ("standard", "fgsm-rs"):
+        words = [
+            "train",
+            method,
+            "--data",
+            "digits",
+            "--eps",
+            "0.1",
+            "--epochs",
+            "2",
+            "--width",
+            "6",
+            "--device",
+            "cpu",
+        ]
+        assert main([*words, "--quiet", "--out", str(place / method)]) == 0
+    return place
+
+
+def test_evaluate_full_writes_a_report_with_three_surrogates(runs, capsys, monkeypatch):
+    monkeypatch.setattr("art_saliency.evaluation.audit.AuditBudget", lambda: QUICK)
+    words = [
+        "evaluate",
+        str(runs / "fgsm-rs"),
+        "--full",
+        "--images",
+        "16",
+        "--audit-images",
+        "12",
+        "--device",
+        "cpu",
+        "--quiet",
+    ]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert "Audit: " in out
+    assert err == ""
+    page = json.loads((runs / "fgsm-rs" / "report" / "report.json").read_text())
+    assert set(page["transfer"]["surrogates"]) == {"standard", "pgd-at", "same recipe, other seed"}
+    assert main(words) == 2
+    assert "add --force" in capsys.readouterr().err
+
+
+def test_several_runs_are_put_side_by_side(runs, capsys, tmp_path):
+    out = tmp_path / "both"
+    words = ["evaluate", str(runs / "standard"), str(runs / "fgsm-rs"), "--images", "12", "--device", "cpu", "--quiet"]
+    assert main([*words, "--out", str(out), "--force"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("| standard") == 3  # its own table, and name and method in the common one
+    page = json.loads((out / "comparison.json").read_text())
+    assert list(page) == ["standard", "fgsm-rs"]
+    with Image.open(out / "comparison.png") as image:
+        assert min(image.size) > 300
+    assert main([*words, "--out", str(out)]) == 2
+    assert "add --force" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{standard}", "{standard}"], "the same run twice"),
+        (["{standard}", "nowhere"], "nowhere: no run.json"),
+        (["{standard}", "--version", "fast"], "--version: got 'fast'"),
+        (["{standard}", "--images", "0"], "--images: got 0"),
+        (["{standard}", "--eps", "2"], "eps: got 2"),
+        (["{standard}", "--full", "--surrogate", "nowhere"], "nowhere: no run.json"),
+        (["{standard}", "--audit-images", "0"], "--audit-images: got 0"),
+    ],
+)
+def test_wrong_words_are_answered_in_one_sentence(runs, capsys, words, message, tmp_path):
+    given = [word.format(standard=runs / "standard") for word in words]
+    before = sorted(path.name for path in (runs / "standard").iterdir())
+    assert main(["evaluate", *given, "--force", "--device", "cpu", "--quiet", "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in (runs / "standard").iterdir()) == before
