@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from art_saliency.evaluation.autoattack import AutoAttackResult, autoattack
     from art_saliency.methods.fsr import FSRLoss, insert_fsr, remove_fsr
     from art_saliency.networks import build_network
+    from art_saliency.robustbench.export import export_robustbench
+    from art_saliency.robustbench.verify import verify_bundle
+    from art_saliency.robustbench.zoo import load_robustbench
     from art_saliency.threat import ThreatModel
     from art_saliency.trainers.methods import (
         AALPTrainer,
@@ -56,12 +59,15 @@ _HOME = {
     "accuracy": "evaluation.accuracy",
     "autoattack": "evaluation.autoattack",
     "build_network": "networks",
+    "export_robustbench": "robustbench.export",
     "insert_fsr": "methods.fsr",
     "load": "trainers.runs",
     "load_data": "data",
+    "load_robustbench": "robustbench.zoo",
     "pgd_accuracy": "evaluation.accuracy",
     "remove_fsr": "methods.fsr",
     "save": "trainers.runs",
+    "verify_bundle": "robustbench.verify",
 }
 
 __all__ = [
@@ -84,12 +90,15 @@ __all__ = [
     "accuracy",
     "autoattack",
     "build_network",
+    "export_robustbench",
     "insert_fsr",
     "load",
     "load_data",
+    "load_robustbench",
     "pgd_accuracy",
     "remove_fsr",
     "save",
+    "verify_bundle",
 ]
 
 

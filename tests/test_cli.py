@@ -153,15 +153,51 @@ def test_compare_puts_methods_and_compositions_into_one_table(folder, capsys):
         "8",
     ]
     out = folder / "compare"
-    assert main([*words, "--arms", "fgsm-rs,fsr+trades", "--out", str(out), "--quiet", "--device", "cpu"]) == 0
+    assert (
+        main([*words, "--arms", "fgsm-rs,fsr+trades,standard@silu", "--out", str(out), "--quiet", "--device", "cpu"])
+        == 0
+    )
     printed, err = capsys.readouterr()
     assert err == ""
     results = json.loads((out / "results.json").read_text())
-    assert list(results) == ["fgsm-rs", "fsr+trades"]
+    assert list(results) == ["fgsm-rs", "fsr+trades", "standard@silu"]
+    page = json.loads((out / "standard@silu" / "run.json").read_text())
+    assert (page["method"], page["network"]["activation"]) == ("standard", "silu")
     assert all(f"| {arm} " in printed for arm in results)
     assert results["fsr+trades"]["passes_per_step"] > results["fgsm-rs"]["passes_per_step"] > 1
     assert load(out / "fsr+trades").nb_classes == 10
     assert (out / "fsr+trades" / "saliency.png").exists()
+
+
+def test_an_interrupted_comparison_keeps_what_it_measured(folder, monkeypatch):
+    """The second arm fails; the first one's figures are in results.json."""
+    from art_saliency.cli import _arms
+
+    measured, run_arm = [], _arms.run_arm
+
+    def failing(arm, budget, out):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(arm.name)
+        return run_arm(arm, budget, out)
+
+    monkeypatch.setattr(_arms, "run_arm", failing)
+    words = [
+        "compare",
+        "--data",
+        str(folder / "few.npz"),
+        "--eps",
+        "0.1",
+        "--epochs",
+        "1",
+        "--images",
+        "4",
+        "--width",
+        "4",
+    ]
+    out = folder / "interrupted"
+    assert main([*words, "--arms", "standard,fgsm-rs", "--out", str(out), "--quiet", "--device", "cpu"]) == 130
+    assert list(json.loads((out / "results.json").read_text())) == ["standard"]
 
 
 WRONG = {
@@ -177,6 +213,7 @@ WRONG = {
     "weights": (["train", "pgd-at", "--eps", "0.1", "--weights", "no.pt", "--out", "OUT"], "no.pt: no such file"),
     "scheduler": (["train", "pgd-at", "--eps", "0.1", "--scheduler", "cosin", "--out", "OUT"], "did you mean 'cosine'"),
     "arm": (["compare", "--arms", "pgd-at,fsr+pgd", "--out", "OUT"], "did you mean 'pgd-at'"),
+    "activation": (["compare", "--arms", "pgd-at@sillu", "--out", "OUT"], "did you mean 'silu'"),
     "layer": (["compare", "--arms", "fr+pgd-at", "--out", "OUT"], "expected one of 'fsr'"),
     "no run": (["evaluate", "nowhere"], "nowhere: no run.json"),
     "quickstart eps": (["quickstart", "--eps", "2", "--out", "OUT"], "--eps: got 2, expected 0 < --eps <= 1"),

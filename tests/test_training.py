@@ -12,7 +12,8 @@ from torch import nn
 
 from art_saliency.errors import NonFiniteLossError
 from art_saliency.methods.base import Batch, LossTerms, Objective
-from art_saliency.methods.baselines import PGDAT, Standard
+from art_saliency.methods.baselines import FGSMRS, PGDAT, Standard
+from art_saliency.networks import build_network
 from art_saliency.randomness import RandomSource
 from art_saliency.threat import ThreatModel
 from art_saliency.training import Extension, History, train
@@ -278,6 +279,30 @@ def test_catastrophic_overfitting_is_seen_and_said():
         watch.after_epoch(Run, record)
         Run.logits = torch.tensor([[0.0, 1.0]]).repeat(8, 1)
         OverfittingWatch(ThreatModel("Linf", 0.4)).after_epoch(Run, record)
+
+
+@pytest.mark.parametrize(("eps", "collapses"), [(0.4, True), (0.2, False)])
+def test_a_real_collapse_is_said_and_honest_single_step_training_is_not(digits, engine, eps, collapses):
+    """FGSM without a random start on digits: at 0.4 it learns the single step alone, at 0.2 it learns to resist."""
+    torch.manual_seed(0)
+    model = build_network("small-cnn", num_classes=10, input_shape=(1, 8, 8), width=16)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        history = train(
+            model,
+            FGSMRS(eps=eps, random_start=False),
+            torch.optim.Adam(model.parameters(), lr=0.01),
+            ResidentBatches(digits[0], digits[1], batch_size=96, device=torch.device("cpu")),
+            epochs=30,
+            engine=engine,
+            seed=0,
+            scheduler="onecycle",
+            extensions=[OverfittingWatch(ThreatModel("Linf", eps))],
+        )
+    said = [warning for warning in caught if "catastrophic overfitting" in str(warning.message)]
+    assert len(said) == collapses, history.column("train_pgd_accuracy")
+    resists = history[-1]["train_pgd_accuracy"] > history[-1]["train_accuracy"] / 2
+    assert resists is not collapses, history.column("train_pgd_accuracy")
 
 
 def test_passes_per_step_count_what_a_step_computes(digits):

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 
 from art_saliency._version import __version__
-from art_saliency.cli import compare, evaluate, methods, quickstart, train
+from art_saliency.cli import compare, evaluate, explain, export, methods, quickstart, train, verify
 from art_saliency.errors import ArtSaliencyError
 
 __all__ = ["main", "make_parser"]
 
-_COMMANDS = (quickstart, train, evaluate, compare, methods)
+_COMMANDS = (quickstart, train, evaluate, explain, compare, methods, export, verify)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from art_saliency.data import DataSet
     from art_saliency.threat import ThreatModel
 
-__all__ = ["Budget", "finish", "parse_arm", "run_arm"]
+__all__ = ["Arm", "Budget", "finish", "keep", "parse_arm", "run_arm"]
 
 _PICTURES = 8
 
@@ -41,23 +41,39 @@ class Budget:
     quiet: bool
 
 
-def parse_arm(arm: str) -> tuple[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class Arm:
     """
-    Read the name of an arm: a method, or ``fsr+BASE`` for FSR on top of one.
+    One arm of a comparison: ``METHOD``, or ``fsr+BASE`` for FSR on top of one, and ``@ACTIVATION`` for another activation.
 
-    :return: The trainer's name and its parameters.
+    :ivar name: As it was written. :ivar method: Without the activation. :ivar trainer: The trainer's name.
+    :ivar parameters: Of the trainer. :ivar network: What differs from the common network.
     """
+
+    name: str
+    method: str
+    trainer: str
+    parameters: dict[str, Any]
+    network: dict[str, Any]
+
+
+def parse_arm(text: str) -> Arm:
+    """:return: The arm of that name."""
     from art_saliency import _checks
+    from art_saliency.architectures import ACTIVATIONS
     from art_saliency.methods import OBJECTIVES
     from art_saliency.trainers.methods import TRAINERS
 
-    layer, plus, base = arm.partition("+")
+    method, at, activation = text.partition("@")
+    network = {"activation": _checks.one_of("activation", activation, ACTIVATIONS)} if at else {}
+    layer, plus, base = method.partition("+")
     if plus:
-        return _checks.one_of("arm", layer, ["fsr"]), {"base": _checks.one_of("base", base, OBJECTIVES)}
-    return _checks.one_of("arm", arm, TRAINERS), {}
+        parameters = {"base": _checks.one_of("base", base, OBJECTIVES)}
+        return Arm(text, method, _checks.one_of("arm", layer, ["fsr"]), parameters, network)
+    return Arm(text, method, _checks.one_of("arm", method, TRAINERS), {}, network)
 
 
-def run_arm(arm: str, budget: Budget, out: Path) -> dict[str, Any]:
+def run_arm(arm: Arm, budget: Budget, out: Path) -> dict[str, Any]:
     """
     Train one network and learn how robust it is. Writes ``out/ARM``: weights, the run's page, a figure.
 
@@ -77,9 +93,9 @@ def run_arm(arm: str, budget: Budget, out: Path) -> dict[str, Any]:
     from art_saliency.training.cost import forward_backward_passes
 
     data, device, threat = budget.data, budget.device, budget.threat
-    name, parameters = parse_arm(arm)
+    network = {**budget.network, **arm.network}
     torch.manual_seed(budget.seed)
-    model = build_network(**budget.network)
+    model = build_network(**network)
     classifier = make_classifier(
         model,
         input_shape=data.input_shape,
@@ -87,7 +103,7 @@ def run_arm(arm: str, budget: Budget, out: Path) -> dict[str, Any]:
         optimizer=torch.optim.Adam(model.parameters(), lr=budget.lr),
         device=device,
     )
-    given = {**TRAINERS[name].defaults_for(model), **parameters, "eps": threat.eps, "norm": threat.norm}
+    given = {**TRAINERS[arm.trainer].defaults_for(model), **arm.parameters, "eps": threat.eps, "norm": threat.norm}
     recipe = Recipe(
         parameters=given,
         optimizer=describe_optimizer(classifier.optimizer),
@@ -95,7 +111,7 @@ def run_arm(arm: str, budget: Budget, out: Path) -> dict[str, Any]:
         batch_size=budget.batch_size,
         seed=budget.seed,
     )
-    trainer = TRAINERS[name](classifier, **given)
+    trainer = TRAINERS[arm.trainer](classifier, **given)
     trainer.fit(
         data.x_train,
         data.y_train,
@@ -106,10 +122,10 @@ def run_arm(arm: str, budget: Budget, out: Path) -> dict[str, Any]:
         verbose=not budget.quiet,
     )
     folder = save(
-        out / arm,
+        out / arm.name,
         classifier,
-        network=budget.network,
-        method=arm,
+        network=network,
+        method=arm.method,
         settings=trainer.config(),
         data={**budget.spec, "fingerprint": data.fingerprint()},
         history=trainer.history,
@@ -127,7 +143,7 @@ def run_arm(arm: str, budget: Budget, out: Path) -> dict[str, Any]:
         x_adv,
         y[shown].to(device),
         folder / "saliency.png",
-        title=f"{arm}: {data.name} under PGD-20, {threat.norm} eps {threat.eps:g}; accuracy: clean {summary.clean:.1%}, "
+        title=f"{arm.name}: {data.name} under PGD-20, {threat.norm} eps {threat.eps:g}; accuracy: clean {summary.clean:.1%}, "
         f"AutoAttack {summary.autoattack.robust_accuracy:.1%}",
     )
     batch = Batch(to_unit(data.x_train[:128]).to(device), data.y_train[:128].to(device))
@@ -136,6 +152,13 @@ def run_arm(arm: str, budget: Budget, out: Path) -> dict[str, Any]:
         "seconds_per_epoch": statistics.median(trainer.history.column("seconds")),
         "passes_per_step": forward_backward_passes(classifier.model, trainer.objective, batch),
     }
+
+
+def keep(results: Mapping[str, dict[str, Any]], out: Path) -> None:
+    """Write what is known so far as ``results.json``, so that an interrupted comparison leaves its numbers."""
+    from art_saliency.files import write_file
+
+    write_file(out / "results.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
 
 
 def finish(results: Mapping[str, dict[str, Any]], budget: Budget, out: Path) -> None:
@@ -164,5 +187,5 @@ def finish(results: Mapping[str, dict[str, Any]], budget: Budget, out: Path) -> 
         f"{details['backend']} {details['backend_version']}. One pass is a forward-backward pass of standard training."
     )
     (out / "results.md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
-    (out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    keep(results, out)
     print(f"{table}\n\n{note}")

@@ -8,8 +8,8 @@ from typing import Any
 from art_saliency.cli._common import add_run_options, fraction, pick_device, say
 
 _ARMS = (
-    "standard,fgsm-rs,pgd-at,trades,mart,alp,adv-gsct,j-sigr,aalp,"
-    "fsr+pgd-at,fsr+trades,fsr+mart,fsr+alp,fsr+aalp,fsr+j-sigr,fsr+adv-gsct"
+    "standard,fgsm-rs,pgd-at,trades,mart,alp,adv-gsct,j-sigr@silu,aalp,"
+    "fsr+pgd-at,fsr+trades,fsr+mart,fsr+alp,fsr+aalp,fsr+j-sigr@silu,fsr+adv-gsct"
 )
 
 
@@ -26,7 +26,10 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--out", required=True, help="folder for the runs and the table")
     parser.add_argument(
-        "--arms", default=_ARMS, help="methods, comma-separated; fsr+BASE puts FSR on BASE (default: all)"
+        "--arms",
+        default=_ARMS,
+        help="methods, comma-separated; fsr+BASE puts FSR on BASE, METHOD@silu gives the network another activation, which "
+        "J-SIGR needs (default: %(default)s)",
     )
     parser.add_argument("--data", default="digits", help="as for train (default: %(default)s)")
     parser.add_argument("--data-root", help="where torchvision's sets lie")
@@ -46,16 +49,14 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do it. :return: 0."""
     from art_saliency import _checks
-    from art_saliency.cli._arms import Budget, finish, parse_arm, run_arm
+    from art_saliency.cli._arms import Budget, finish, keep, parse_arm, run_arm
     from art_saliency.cli.train import spec_of
     from art_saliency.data import load_data
     from art_saliency.networks import default_network
     from art_saliency.threat import ThreatModel
     from art_saliency.trainers.runs import vacant_folder
 
-    arms = [arm.strip() for arm in args.arms.split(",")]
-    for arm in arms:
-        parse_arm(arm)
+    arms = [parse_arm(arm.strip()) for arm in args.arms.split(",")]
     threat = ThreatModel(args.norm, _checks.real("--eps", args.eps, above=0))
     _checks.whole("--epochs", args.epochs, least=1)
     _checks.whole("--batch-size", args.batch_size, least=1)
@@ -87,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
     )
     results: dict[str, dict[str, Any]] = {}
     for number, arm in enumerate(arms, 1):
-        say(args, f"[{number}/{len(arms)}] {arm}")
-        results[arm] = run_arm(arm, budget, out)
+        say(args, f"[{number}/{len(arms)}] {arm.name}")
+        results[arm.name] = run_arm(arm, budget, out)
+        keep(results, out)
     finish(results, budget, out)
     return 0

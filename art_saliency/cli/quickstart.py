@@ -34,7 +34,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do it. :return: 0."""
     from art_saliency import _checks
-    from art_saliency.cli._arms import Budget, finish, run_arm
+    from art_saliency.cli._arms import Budget, finish, parse_arm, run_arm
     from art_saliency.data import load_data
     from art_saliency.threat import ThreatModel
     from art_saliency.trainers.runs import vacant_folder
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         args,
         f"digits: {len(data.x_train)} training and {len(data.x_test)} test images of 8x8; Linf eps {args.eps:g}; {device}",
     )
-    finish({method: run_arm(method, budget, out) for method in _METHODS}, budget, out)
+    finish({method: run_arm(parse_arm(method), budget, out) for method in _METHODS}, budget, out)
     print(f"Checkpoints and pictures: {out}/METHOD/weights.pt and {out}/METHOD/saliency.png")
     print(
         "Next: train your own, `art-saliency train adv-gsct --data YOUR.npz --eps 8/255 --out runs/mine`, then "

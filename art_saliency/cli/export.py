@@ -1,0 +1,131 @@
+"""``art-saliency export DIR``: a bundle for a submission to RobustBench."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from art_saliency.cli._common import add_run_options, fraction, say
+
+_QUESTIONS = {
+    "paper_title": "Title of the paper",
+    "paper_url": "Where all can read it (an address)",
+    "authors": "Its authors, with commas",
+    "venue": "Its venue ('ICML 2026', 'arXiv, Jan 2026')",
+    "additional_data": "Was other data than the set's used in training? (yes/no)",
+    "license": "License of the weights",
+    "code_url": "Address of the training code",
+}
+"""What only a human knows. Asked for on a terminal; an empty answer leaves it open."""
+
+
+def add_parser(commands: Any) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "export",
+        help="write a bundle for RobustBench",
+        description="Takes the network out of a run, checks RobustBench's rules, and proves in a fresh process that RobustBench's own "
+        "code loads what is written.",
+        epilog="Examples:\n  art-saliency evaluate runs/c10 --batch-size 32\n  art-saliency export runs/c10 --name Doe2026Saliency "
+        "--dataset cifar10 --threat-model Linf --paper-url https://arxiv.org/abs/... --authors 'Jane Doe, John Roe'",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", metavar="DIR", help="what `art-saliency train --out DIR` wrote")
+    parser.add_argument("--name", required=True, help="AuthorYEARFirstwordoftitle, such as Doe2026Saliency")
+    parser.add_argument("--out", help="the bundle's folder (default: the name, in this folder)")
+    parser.add_argument("--dataset", default="cifar10", help="cifar10, cifar100 or imagenet (default: %(default)s)")
+    parser.add_argument("--threat-model", default="Linf", help="Linf, L2 or corruptions (default: %(default)s)")
+    parser.add_argument("--eps", type=fraction, help="radius in units of [0, 1] (default: the leaderboard's)")
+    parser.add_argument(
+        "--evaluation",
+        action="append",
+        metavar="FILE",
+        help="evaluation.json of these weights; more of them, with other seeds, tell the spread (default: the one in DIR)",
+    )
+    parser.add_argument("--source", metavar="FILE:FACTORY", help="the network's code, when it is not this package's")
+    parser.add_argument("--architecture", help="what the leaderboard shows (default: what is known)")
+    parser.add_argument(
+        "--preprocessing", help="for ImageNet, what RobustBench does to the pictures: Res256Crop224, say"
+    )
+    human = parser.add_argument_group("what only you know")
+    human.add_argument("--paper-title")
+    human.add_argument("--paper-url", help="RobustBench requires a public paper")
+    human.add_argument("--authors", help="with commas")
+    human.add_argument("--venue", help="such as 'ICML 2026' or 'arXiv, Jan 2026'")
+    human.add_argument("--reported", type=float, help="the robust accuracy that the paper reports, in percent")
+    human.add_argument("--additional-data", choices=("yes", "no"), help="whether other data than the set's was used")
+    human.add_argument(
+        "--number-forward-passes", type=int, default=1, help="of one classification (default: %(default)s)"
+    )
+    human.add_argument("--footnote", help="for the leaderboard")
+    human.add_argument("--license", help="of the weights")
+    human.add_argument("--code-url", help="of the training code")
+    human.add_argument("--checkpoint-url", help="where the weights can be fetched")
+    add_run_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it. :return: 0."""
+    from art_saliency.robustbench.export import export_robustbench
+    from art_saliency.trainers.runs import load
+
+    classifier = load(args.folder)
+    own = Path(args.folder) / "evaluation.json"
+    evaluation = args.evaluation or ([str(own)] if own.is_file() else None)
+    if evaluation is None:
+        say(args, f"{args.folder} has no evaluation.json: accuracies stay null (art-saliency evaluate {args.folder})")
+    human = _asked({name: getattr(args, name) for name in _QUESTIONS}, quiet=args.quiet)
+    answer = human.pop("additional_data")
+    target = export_robustbench(
+        classifier,
+        args.name,
+        out=args.out or args.name,
+        dataset=args.dataset,
+        threat_model=args.threat_model,
+        eps=args.eps,
+        evaluation=evaluation,
+        source=args.source,
+        architecture=args.architecture,
+        preprocessing=args.preprocessing,
+        reported=None if args.reported is None else args.reported / 100,
+        additional_data=None if answer is None else answer.lower() in ("yes", "y"),
+        number_forward_passes=args.number_forward_passes,
+        footnote=args.footnote,
+        checkpoint_url=args.checkpoint_url,
+        force=args.force,
+        **human,
+    )
+    print(f"{target}: RobustBench's load_model loads it, with the same logits. Read {target / 'SUBMISSION.md'}")
+    missing = [
+        f"--{name.replace('_', '-')}" for name, value in {**human, "additional_data": answer}.items() if value is None
+    ]
+    if missing:
+        print(f"Still to be filled in: {', '.join(missing)}")
+    if (size := _batch_size(target)) not in (None, 32):
+        print(
+            f"Evaluated with batch size {size}: RobustBench's is 32, with which its benchmark would return the same number"
+        )
+    print(f"Next: art-saliency verify {target}")
+    return 0
+
+
+def _batch_size(bundle: Path) -> int | None:
+    """:return: That of the evaluation that is stated."""
+    path = bundle / "evaluation.json"
+    return int(json.loads(path.read_text(encoding="utf-8"))["stated"]["batch_size"]) if path.is_file() else None
+
+
+def _asked(known: dict[str, str | None], *, quiet: bool) -> dict[str, str | None]:
+    """:return: What was given, and on a terminal what was answered; an empty answer is None."""
+    if quiet or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return known
+    found = dict(known)
+    for name, question in _QUESTIONS.items():
+        if known[name] is None:
+            print(f"{question} [leave open]: ", end="", file=sys.stderr, flush=True)
+            found[name] = sys.stdin.readline().strip() or None
+    return found

@@ -1,0 +1,142 @@
+"""A bundle on disk: where its files lie, how it appears as a whole or not at all, and the sums that it is checked by."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from art_saliency import _checks
+from art_saliency.errors import CheckpointError
+from art_saliency.files import sha256_of_file, write_file
+
+__all__ = ["SCHEMA", "SUMS", "Layout", "appearing", "sum_problems", "write_json", "write_text"]
+
+SCHEMA = 1
+"""Of ``bundle.json``."""
+
+SUMS = "SHA256SUMS"
+"""The file of sums, in the form that ``sha256sum -c`` reads."""
+
+
+class Layout:
+    """
+    Where things are in a bundle.
+
+    :param folder: The bundle. :param name: Of the entry. :param dataset: And its board. :param threat_model: And its part.
+    """
+
+    def __init__(self, folder: Path, name: str, dataset: str, threat_model: str) -> None:
+        self.folder, self.name = folder, name
+        self.weights = folder / "models" / dataset / threat_model / f"{name}.pt"
+        self.model_info = folder / "model_info" / dataset / threat_model / f"{name}.json"
+        self.bundle = folder / "bundle.json"
+        self.architecture = folder / "architecture.py"
+        self.entry = folder / "model_zoo_entry.py"
+        self.submission = folder / "SUBMISSION.md"
+        self.reference = folder / "reference.pt"
+        self.evaluation = folder / "evaluation.json"
+        self.log = folder / "autoattack.log"
+        self.x_adv = folder / "x_adv.pt"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, making its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, page: dict[str, Any]) -> None:
+    """Write JSON, making its folder."""
+    write_text(path, json.dumps(page, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def appearing(target: Path, *, force: bool) -> Iterator[Path]:
+    """
+    Let a bundle appear as a whole, or not at all: it is written beside its place and moved there when all has gone well.
+
+    :param target: Its place. :param force: Whether a bundle that is there may be replaced; anything else never is.
+    :return: The folder to write into; its sums are added on exit.
+    :raises InputError: When the place is taken.
+    :raises CheckpointError: When it cannot be written.
+    """
+    check_place(target, force=force)
+    aside = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
+    try:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside.mkdir()
+        except OSError as error:
+            raise CheckpointError(f"{target}: could not be written ({error.strerror}); choose another place") from error
+        yield aside
+        files = sorted(path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file())
+        write_text(aside / SUMS, "".join(f"{sha256_of_file(aside / file)}  {file}\n" for file in files))
+        _move(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_place(target: Path, *, force: bool) -> None:
+    """:raises InputError: When a bundle may not be written there."""
+    if not target.exists() and not target.is_symlink():
+        return
+    if not target.is_dir() or target.is_symlink():
+        raise _checks.refuse("out", f"{target}, which is no folder", "a new folder")
+    if not any(target.iterdir()):
+        return
+    if not (target / "bundle.json").is_file() or not (target / SUMS).is_file():
+        raise _checks.refuse("out", f"{target}, which holds other files", "a new or empty folder", "choose another")
+    if not force:
+        raise _checks.refuse("out", f"{target}, a bundle that is there already", "a new folder", "add --force")
+
+
+def _move(aside: Path, target: Path) -> None:
+    """The old bundle stands, or the new one: it is put back when the second rename does not happen."""
+    old = aside.with_name(f"{aside.name}.old")
+    had = target.exists()
+    if had:
+        os.rename(target, old)
+    try:
+        os.rename(aside, target)
+    except BaseException:
+        if had:
+            os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sum_problems(folder: Path) -> list[str]:
+    """
+    Compare a bundle's files with its ``SHA256SUMS``. The sums tell damage and careless changes; they are no signature.
+
+    :return: What does not agree: every file that is missing, changed, not listed, or no plain file.
+    """
+    if not (folder / SUMS).is_file():
+        return [f"{SUMS} is missing"]
+    listed, found = {}, []
+    for number, line in enumerate((folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        match = re.fullmatch(r"([0-9a-f]{64}) [ *](\S.*)", line)
+        path = PurePosixPath(match[2] if match else "/")
+        if match is None or path.is_absolute() or ".." in path.parts or path.as_posix() in listed:
+            found.append(f"{SUMS}, line {number}: no sum of a file inside the bundle")
+        else:
+            listed[path.as_posix()] = match[1]
+    there = set()
+    for root, folders, files in os.walk(folder):
+        for entry in (Path(root, each) for each in (*folders, *files)):
+            inside = entry.relative_to(folder).as_posix()
+            if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
+                found.append(f"{inside} is no plain file")
+            elif entry.is_file() and inside != SUMS:
+                there.add(inside)
+    found += [f"{file} is missing" for file in sorted(set(listed) - there)]
+    found += [f"{file} is not listed in {SUMS}" for file in sorted(there - set(listed))]
+    changed = (file for file in sorted(there & set(listed)) if sha256_of_file(folder / file) != listed[file])
+    return found + [f"{file} is not the file that was written (its sum differs)" for file in changed]

@@ -1,0 +1,167 @@
+"""What is known of a network's accuracy: AutoAttack's results, accepted when they are of these very weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from art_saliency import _checks
+from art_saliency.errors import CheckpointError, InputError
+from art_saliency.evaluation.accuracy import binomial_interval
+from art_saliency.evaluation.autoattack import AutoAttackResult
+from art_saliency.files import read_tensors, sha256_of_tensors
+from art_saliency.robustbench.deployable import Deployable
+from art_saliency.threat import ThreatModel
+
+__all__ = ["Evidence", "autoattack_log", "gather", "record_problems", "spread"]
+
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "clean_accuracy": (int, float),
+    "robust_accuracy": (int, float),
+    "robust_accuracy_after": dict,
+    "eps": (int, float),
+    "norm": str,
+    "version": str,
+    "standard": bool,
+    "deviations": list,
+    "warnings": list,
+    "backend": str,
+    "backend_version": str,
+    "seed": int,
+    "batch_size": int,
+    "threads": int,
+    "device": str,
+    "versions": dict,
+    "weights_sha256": str,
+    "data_sha256": str,
+    "seconds": (int, float),
+    "count": int,
+}
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """
+    One evaluation.
+
+    :ivar record: What :meth:`~art_saliency.evaluation.autoattack.AutoAttackResult.to_json` says.
+    :ivar x_adv: (N, C, H, W) in [0, 1]; ``None`` when they were not kept. :ivar data: What the images are called.
+    """
+
+    record: dict[str, Any]
+    x_adv: Tensor | None = None
+    data: str | None = None
+
+
+def gather(source: Any, network: Deployable, threat: ThreatModel) -> list[Evidence]:
+    """
+    Read evaluations and check that each is one of this network under this threat model.
+
+    :param source: A result of :func:`art_saliency.autoattack`; the path of an ``evaluation.json`` that ``art-saliency
+        evaluate`` wrote (the adversarial images beside it, ``x_adv.pt``, are read too); or a sequence of such things, which
+        differ in their seed. The first of them is the one that will be stated.
+    :return: One entry each.
+    :raises InputError: When one of them is of other weights, data or settings; everything that differs is listed.
+    """
+    items = list(source) if isinstance(source, (list, tuple)) else [source]
+    found = [_read(item) for item in items]
+    for place, evidence in enumerate(found):
+        _check(f"evaluation {place + 1}", evidence, network, threat)
+    same = ("data_sha256", "batch_size", "version", "count")
+    differing = [name for name in same if len({evidence.record[name] for evidence in found}) > 1]
+    if differing or len({evidence.record["seed"] for evidence in found}) < len(found):
+        got = f"some that differ in {', '.join(differing)}" if differing else "two with the same seed"
+        raise _checks.refuse(
+            "evaluation", got, "evaluations that differ in their seed alone", "give one, or make others"
+        )
+    return found
+
+
+def spread(found: Sequence[Evidence]) -> dict[str, Any] | None:
+    """:return: How much the robust accuracy depends on the seed; ``None`` when there is one seed only."""
+    if len(found) < 2:
+        return None
+    values = [evidence.record["robust_accuracy"] for evidence in found]
+    return {"seeds": [evidence.record["seed"] for evidence in found], "low": min(values), "high": max(values)}
+
+
+def record_problems(record: dict[str, Any]) -> list[str]:
+    """:return: The fields that an evaluation's record lacks, or that hold something else than they should."""
+    return [name for name, kind in _FIELDS.items() if not isinstance(record.get(name), kind)]
+
+
+def _read(item: Any) -> Evidence:
+    if isinstance(item, AutoAttackResult):
+        return Evidence(json.loads(json.dumps(item.to_json())), item.x_adv)
+    if not isinstance(item, (str, Path)):
+        raise _checks.refuse("evaluation", f"a {type(item).__name__}", "an AutoAttackResult or the path of its JSON")
+    path = Path(item)
+    try:
+        page = json.loads(path.read_text(encoding="utf-8"))
+        record = page.get("autoattack_details", page)
+        wrong = record_problems(record)
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: could not be read as an evaluation ({error}); evaluate again") from error
+    if wrong:
+        raise CheckpointError(f"{path}: no evaluation with AutoAttack, {', '.join(wrong)} missing; evaluate again")
+    return Evidence(record, _images_beside(path, page.get("x_adv_sha256")), page.get("data"))
+
+
+def _images_beside(path: Path, sha256: Any) -> Tensor | None:
+    """:return: The adversarial images that an evaluation left beside its JSON; ``None`` when it left none."""
+    images = path.with_name("x_adv.pt")
+    if sha256 is None or not images.is_file():
+        return None
+    x_adv = read_tensors(images)
+    if sha256_of_tensors(x_adv) != sha256:
+        raise CheckpointError(
+            f"{images}: not the adversarial images of {path.name} (their hash differs); evaluate again"
+        )
+    found: Tensor = x_adv["x_adv"]
+    return found
+
+
+def _check(name: str, evidence: Evidence, network: Deployable, threat: ThreatModel) -> None:
+    record, wrong = evidence.record, []
+    if record["weights_sha256"] not in network.also_known_as:
+        weights = f"{record['weights_sha256'][:12]}..., not of {network.sha256[:12]}..., which is to be exported"
+        baked = ", evaluate deployable(classifier).network" if network.normalised else ""
+        wrong.append(f"is of the weights {weights} (train and evaluate again, or export what was evaluated{baked})")
+    if (record["norm"], round(record["eps"], 9)) != (threat.norm, round(threat.eps, 9)):
+        wrong.append(f"is for {record['norm']} eps {record['eps']:g}, not {threat.norm} eps {threat.eps:g}")
+    if not record["standard"]:
+        deviations = "; ".join(record["deviations"]) or f"version {record['version']}"
+        wrong.append(f"is not AutoAttack's standard version ({deviations})")
+    if not 0 <= record["robust_accuracy"] <= record["clean_accuracy"] <= 1:
+        wrong.append("has a robust accuracy that is not between 0 and the clean one")
+    if evidence.x_adv is not None and len(evidence.x_adv) != record["count"]:
+        wrong.append(f"counts {record['count']} images beside {len(evidence.x_adv)} adversarial ones")
+    if wrong:
+        raise InputError(f"{name}: got one that {'; that '.join(wrong)}; nothing was written")
+
+
+def autoattack_log(found: Sequence[Evidence]) -> str:
+    """:return: What AutoAttack found, attack by attack, in its own log's words; written from the records."""
+    lines = []
+    for record in (evidence.record for evidence in found):
+        count, robust = record["count"], round(record["robust_accuracy"] * record["count"])
+        low, high = binomial_interval(robust, count)
+        versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+        lines += [
+            f"AutoAttack {record['version']} ({record['backend']} {record['backend_version']}), {record['norm']} eps "
+            f"{record['eps']:.8g}, seed {record['seed']}, batch size {record['batch_size']}, {count} images",
+            f"{versions}, {record['device']}, {record['threads']} thread(s), {record['seconds']:.0f} s",
+            f"weights {record['weights_sha256']}",
+            f"images and labels {record['data_sha256']}",
+            f"initial accuracy: {record['clean_accuracy']:.2%}",
+            *(f"robust accuracy after {name.upper()}: {v:.2%}" for name, v in record["robust_accuracy_after"].items()),
+            f"robust accuracy: {record['robust_accuracy']:.2%} (95 % interval {low:.2%} to {high:.2%})",
+            *(f"warning: {warning}" for warning in record["warnings"]),
+            "",
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,114 @@
+"""The two pages that a human sends: the pull request's entry, and the filled 'New Model' issue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from art_saliency._version import __version__
+from art_saliency.evaluation.accuracy import binomial_interval
+from art_saliency.robustbench.model_info import board, unfilled
+from art_saliency.robustbench.writing import Architecture, identifier
+
+__all__ = ["PREPROCESSINGS", "TO_FILL_IN", "entry", "submission"]
+
+PREPROCESSINGS = ("Res256Crop224", "Crop288", "Res224", "BicubicRes256Crop224")
+"""What RobustBench can do to an ImageNet picture before a network sees it, by its own names."""
+
+TO_FILL_IN = "**(to be filled in)**"
+"""Stands where a human has said nothing yet."""
+
+
+def entry(name: str, dataset: str, threat_model: str, architecture: Architecture, preprocessing: str | None) -> str:
+    """
+    ``model_zoo_entry.py``: what the pull request adds to ``robustbench/model_zoo/<dataset>.py``.
+
+    :param preprocessing: Of ImageNet pictures, one of :data:`PREPROCESSINGS`.
+    :return: Python code that defines ``ENTRY``.
+    """
+    lines, factory = architecture.definition
+    home = f"robustbench/model_zoo/architectures/{identifier(name)}.py"
+    copied = f"\n\narchitecture.py, beside this file, goes to {home}." if architecture.code else ""
+    extra = f', "preprocessing": "{preprocessing}"' if preprocessing else ""
+    return (
+        f'"""\nThe entry of {name}, for the OrderedDict of ThreatModel.{threat_model} in robustbench/model_zoo/{dataset}.py.{copied}'
+        f'\n\ngdrive_id is that of {name}.pt once it has been uploaded.\n"""\n\n{lines}\n'
+        f'ENTRY = ("{name}", {{"model": {factory}, "gdrive_id": None{extra}}})\n'
+    )
+
+
+def submission(
+    info: Mapping[str, Any],
+    *,
+    name: str,
+    threat_model: str,
+    architecture: Architecture,
+    human: Mapping[str, Any],
+    stated: Mapping[str, Any] | None,
+    seeds: Mapping[str, Any] | None,
+) -> str:
+    """
+    ``SUBMISSION.md``: RobustBench's issue form, filled with what is known.
+
+    :param info: The ``model_info`` page. :param human: ``license``, ``code_url``, ``checkpoint_url``; what is unknown is missing.
+    :param stated: The record of the evaluation; ``None`` when there was none. :param seeds: Its spread over seeds.
+    """
+
+    def shown(value: Any) -> str:
+        return TO_FILL_IN if value in (None, "") else str(value)
+
+    full = stated is not None and stated["count"] >= board(str(info["dataset"]), threat_model).images
+    mine = "a class of RobustBench's own" if architecture.code is None else "in `architecture.py`"
+    data = {True: "yes", False: "no", None: TO_FILL_IN}[info["additional_data"]]
+    rows = [
+        ("Paper title", info["name"]),
+        ("Paper URL (a public paper, arXiv say, is mandatory)", info["link"]),
+        ("Paper authors", info["authors"]),
+        ("Venue", info["venue"]),
+        ("Data set", info["dataset"]),
+        ("Architecture", f"{shown(info['architecture'])} ({mine})"),
+        ("Threat model", threat_model),
+        ("eps", info["eps"] or "none: common corruptions"),
+        ("Clean accuracy, %", info["clean_acc"]),
+        ("Robust accuracy, %", info.get("autoattack_acc", info.get("corruptions_acc"))),
+        ("Robust accuracy that the paper reports, %", info["reported"]),
+        ("Additional data", data),
+        ("Evaluation method", _evaluation(stated, seeds)),
+        ("Checkpoint", human.get("checkpoint_url")),
+        ("Code", human.get("code_url")),
+        ("License", human.get("license")),
+    ]
+    table = "\n".join(f"- **{label}**: {shown(value)}" for label, value in rows)
+    missing = [*unfilled(info), *(word for word in ("checkpoint_url", "code_url", "license") if not human.get(word))]
+    warnings = [f"- still to be filled in: {', '.join(missing)}"] if missing else []
+    if stated is not None and not full:
+        whole = board(str(info["dataset"]), threat_model).images
+        warnings.append(f"- evaluated on {stated['count']} of {whole} images: the leaderboard takes the whole set only")
+    if stated is not None:
+        warnings += [f"- AutoAttack warned: {warning}" for warning in stated["warnings"]]
+    before = "\n".join(["\n## Before it is sent\n", *warnings]) + "\n" if warnings else ""
+    return (
+        f"# [New Model] {name}\n\nOpen an issue with this title and the label `new-model` at "
+        f"https://github.com/RobustBench/robustbench/issues (form 'New Model'); the pull request adds what "
+        f"`model_zoo_entry.py` says, and `model_info/`.\n{before}\n## The form\n\n{table}\n\n"
+        f"- [{'x' if human.get('checkpoint_url') else ' '}] add it to the Model Zoo\n"
+        f"- [{' ' if architecture.code else 'x'}] the architecture is in RobustBench already\n"
+        f"- [{'x' if human.get('license') == 'MIT' else ' '}] the weights may be shared under the MIT license\n\n"
+        f"Weights: `models/{info['dataset']}/{threat_model}/{name}.pt`, tensors only. Made with art_saliency {__version__}.\n"
+    )
+
+
+def _evaluation(stated: Mapping[str, Any] | None, seeds: Mapping[str, Any] | None) -> str | None:
+    """:return: What was run, with its count, interval, seed and spread, in one line."""
+    if stated is None:
+        return None
+    low, high = binomial_interval(round(stated["robust_accuracy"] * stated["count"]), stated["count"])
+    over = (
+        f"; over the seeds {', '.join(map(str, seeds['seeds']))} it was {seeds['low']:.2%} to {seeds['high']:.2%}"
+        if seeds
+        else "; spread over seeds not measured"
+    )
+    return (
+        f"AutoAttack, version {stated['version']} ({stated['backend']} {stated['backend_version']}), on {stated['count']} test "
+        f"images: 95 % interval {low:.2%} to {high:.2%}; seed {stated['seed']}, batch size {stated['batch_size']}{over}"
+    )

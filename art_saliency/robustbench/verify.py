@@ -1,0 +1,276 @@
+"""
+Is a bundle what it says? Without trust nothing in it is executed: no code, no pickle.
+
+What is read: sums, JSON, the syntax of its Python files, and tensors by ``torch.load(weights_only=True)``. With trust,
+RobustBench's own code loads it in a fresh process, and benchmarks it where that is asked for.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from art_saliency import _checks
+from art_saliency.errors import CheckpointError, InputError
+from art_saliency.files import read_tensors, sha256_of_tensors
+from art_saliency.robustbench.benchmark import compared, wanted_benchmark
+from art_saliency.robustbench.bundle import SCHEMA, Layout, sum_problems
+from art_saliency.robustbench.evidence import record_problems
+from art_saliency.robustbench.export import name_problem
+from art_saliency.robustbench.model_info import board, percent_text, problems, unfilled
+from art_saliency.robustbench.proof import load_problems, make_job, prove
+from art_saliency.robustbench.rules import key_violations
+from art_saliency.robustbench.user_source import import_problems
+
+__all__ = ["Verification", "verify_bundle"]
+
+
+@dataclass
+class Verification:
+    """
+    What was found.
+
+    :ivar bundle: The folder. :ivar problems: What is wrong; empty when nothing is.
+    :ivar checked: What was looked at. :ivar unchecked: What was not, and how to have it looked at.
+    :ivar unfilled: Fields that a human has still to fill in. :ivar benchmark: RobustBench's numbers beside the stated ones.
+    """
+
+    bundle: str
+    problems: list[str] = field(default_factory=list)
+    checked: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+    unfilled: list[str] = field(default_factory=list)
+    benchmark: dict[str, Any] | None = None
+
+    @property
+    def ok(self) -> bool:
+        """:return: Whether nothing is wrong, as far as was looked."""
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """:return: Everything."""
+        return {"ok": self.ok, **self.__dict__}
+
+
+def verify_bundle(
+    folder: str | Path,
+    *,
+    trust: bool = False,
+    benchmark: bool = False,
+    images: str | Path | None = None,
+    data_dir: str | Path = "data",
+    device: str = "cpu",
+) -> Verification:
+    """
+    Check a bundle.
+
+    :param folder: What :func:`~art_saliency.robustbench.export.export_robustbench` wrote.
+    :param trust: Whether the bundle's own code may be run, in another process with your rights. Everything that can be
+        checked without running it is checked first; where that finds a problem, it is not run.
+    :param benchmark: Whether RobustBench's ``benchmark`` is to be run and its number compared. Needs `trust`.
+    :param images: Arrays with the test images in RobustBench's order (see :func:`art_saliency.load_data`); ``None`` lets
+        RobustBench download them.
+    :param data_dir: Where RobustBench keeps its data sets.
+    :param device: On which it is benchmarked.
+    :return: What was found; ``ok`` says whether it is good.
+    :raises CheckpointError: When there is no bundle at all.
+    """
+    path = Path(folder)
+    if not (path / "bundle.json").is_file():
+        raise CheckpointError(f"{path}: no bundle.json, expected a bundle; make one with: art-saliency export")
+    if benchmark and not trust:
+        raise _checks.refuse("benchmark", "True without trust", "both: it runs the bundle's own code", "add --trust")
+    found = Verification(str(path))
+    found.problems += sum_problems(path)
+    found.checked.append("that every file is the one that was written (SHA256SUMS)")
+    page = _read_page(path, found)
+    if page is None:
+        return found
+    layout = Layout(path, page["name"], page["dataset"], page["threat_model"])
+    count = _check_tensors(layout, page, found)
+    info = _check_info(layout, page, found)
+    report = _check_evaluation(layout, page, info, count, found)
+    _check_code(layout, page, found)
+    if not trust or found.problems:
+        how = "first solve what is wrong" if trust else "add --trust to run the bundle's code"
+        found.unchecked.append(f"that RobustBench loads it and gets the same logits from it ({how})")
+        found.unchecked.append(f"that RobustBench's benchmark returns the stated accuracy ({how})")
+        return found
+    wanted = None
+    if benchmark and (report is None or page["threat_model"] == "corruptions"):
+        found.unchecked.append("RobustBench's benchmark: the bundle states no accuracy to compare with")
+    elif benchmark and report is not None:
+        wanted = wanted_benchmark(report["stated"], page["preprocessing"], images, data_dir, device)
+    job = make_job(path, page, wanted)
+    if wanted is not None and report is not None:
+        job["threads"] = max(1, report["stated"]["threads"])  # on which bits depend
+    (answer,) = prove([job])
+    found.problems += load_problems(answer)
+    found.checked.append("that RobustBench's load_model loads it and gets the same logits from it, in a fresh process")
+    if not benchmark:
+        found.unchecked.append("that RobustBench's benchmark returns the stated accuracy (add --benchmark)")
+    elif wanted is not None and report is not None and "error" not in answer:
+        found.benchmark, wrong = compared(answer["benchmark"], report)
+        found.problems += wrong
+        exactly = "exactly the stated accuracies" if found.benchmark["exact"] else "an accuracy within what is stated"
+        found.checked.append(f"that RobustBench's benchmark returns {exactly}, on {found.benchmark['count']} images")
+    return found
+
+
+# --- without running anything ---------------------------------------------------------------------------------------------
+
+
+def _json(path: Path, found: Verification) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        found.problems.append(f"{path.name} cannot be read as JSON ({error})")
+        return None
+
+
+_PAGE: dict[str, Callable[[Any], bool]] = {
+    "schema": lambda value: value == SCHEMA,
+    "name": lambda value: isinstance(value, str),
+    "dataset": lambda value: isinstance(value, str),
+    "threat_model": lambda value: isinstance(value, str),
+    "weights_sha256": lambda value: isinstance(value, str),
+    "preprocessing": lambda value: value is None or isinstance(value, str),
+    "architecture": lambda value: value in ("robustbench", "own", "user"),
+}
+
+
+def _read_page(path: Path, found: Verification) -> dict[str, Any] | None:
+    """:return: ``bundle.json``, when it can be gone by."""
+    page = _json(path / "bundle.json", found)
+    if not isinstance(page, dict):
+        found.problems += [] if page is None else ["bundle.json is no object"]
+        return None
+    wrong = [name for name, fits in _PAGE.items() if name not in page or not fits(page[name])]
+    if wrong:
+        found.problems.append(f"bundle.json is not one that this version reads: look at {', '.join(wrong)}")
+        return None
+    try:
+        place = board(page["dataset"], page["threat_model"])
+    except InputError as error:
+        found.problems.append(f"bundle.json: {error}")
+        return None
+    if expected := name_problem(page["name"], page["dataset"]):
+        found.problems.append(f"bundle.json: name: got {page['name']!r}, expected {expected}")
+        return None
+    if page.get("num_classes") != place.num_classes or page.get("input_shape") != list(place.input_shape):
+        found.problems.append(f"bundle.json: classes and shape of images are not those of {page['dataset']}")
+        return None
+    return page
+
+
+def _check_tensors(layout: Layout, page: dict[str, Any], found: Verification) -> int | None:
+    """:return: How many adversarial images there are; ``None`` when there are none that can be read."""
+    found.checked.append(
+        "that checkpoint, adversarial images and reference hold tensors only, under keys that stay whole"
+    )
+    weights = _read(layout, layout.weights, found)
+    if weights is not None:
+        where = layout.weights.relative_to(layout.folder).as_posix()
+        found.problems += [f"{where}: {violation}" for violation in key_violations(weights)]
+        plain = all(isinstance(value, Tensor) for value in weights.values())
+        if plain and sha256_of_tensors(weights) != page["weights_sha256"]:
+            found.problems.append(f"{where}: these are not the weights that bundle.json names")
+    _read(layout, layout.reference, found, "x", "logits")
+    images = _read(layout, layout.x_adv, found, "x_adv") if layout.x_adv.exists() else None
+    if images is None:
+        return None
+    if not bool(((images["x_adv"] >= 0) & (images["x_adv"] <= 1)).all()):
+        found.problems.append("x_adv.pt: adversarial images are outside [0, 1]")
+    return len(images["x_adv"])
+
+
+def _read(layout: Layout, path: Path, found: Verification, *names: str) -> dict[str, Any] | None:
+    """:return: The content of a file of tensors, of these names where they are given; ``None`` when it is anything else."""
+    try:
+        content = {str(key): value for key, value in read_tensors(path).items()}
+    except CheckpointError as error:
+        found.problems.append(str(error))
+        return None
+    if names and (set(content) != set(names) or not all(_image_like(tensor) for tensor in content.values())):
+        found.problems.append(f"{path.name}: got other things than {' and '.join(names)}, finite tensors")
+        return None
+    return content
+
+
+def _image_like(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and bool(value.isfinite().all())
+
+
+def _check_info(layout: Layout, page: dict[str, Any], found: Verification) -> dict[str, Any]:
+    info = _json(layout.model_info, found)
+    if info is None:
+        return {}
+    wrong = problems(info, page["dataset"], page["threat_model"])
+    found.problems += [f"model_info {problem}" for problem in wrong]
+    found.checked.append("that model_info has RobustBench's fields in RobustBench's conventions")
+    if not isinstance(info, dict):
+        return {}
+    found.unfilled += unfilled(info)
+    return info
+
+
+def _check_evaluation(
+    layout: Layout, page: dict[str, Any], info: dict[str, Any], count: int | None, found: Verification
+) -> dict[str, Any] | None:
+    """:param count: Of adversarial images. :return: ``evaluation.json``, when there is a good one."""
+    if not layout.evaluation.exists():
+        stated = [name for name in ("clean_acc", "autoattack_acc") if info.get(name) is not None]
+        found.problems += [f"model_info states {name} without an evaluation" for name in stated]
+        found.unchecked.append("accuracies: the bundle states none")
+        return None
+    report = _json(layout.evaluation, found)
+    record = report.get("stated") if isinstance(report, dict) else None
+    if not isinstance(record, dict) or (missing := record_problems(record)):
+        names = "" if not isinstance(record, dict) else f" ({', '.join(missing)})"
+        found.problems.append(f"evaluation.json holds no evaluation that can be read{names}")
+        return None
+    if report.get("exported_weights_sha256") != page["weights_sha256"]:
+        found.problems.append("evaluation.json is of other weights than the bundle's")
+    for name, value in (("clean_acc", "clean_accuracy"), ("autoattack_acc", "robust_accuracy")):
+        if info.get(name) != percent_text(record[value]):
+            got = f"{info.get(name)!r}, expected {percent_text(record[value])!r}"
+            found.problems.append(f"model_info has {name!r}: {got}, which evaluation.json says")
+    if count not in (None, record["count"]):
+        found.problems.append(f"x_adv.pt holds {count} images, expected the {record['count']} that were evaluated")
+    found.checked.append("that the accuracies stated are those of an evaluation of these weights")
+    return report if not found.problems else None
+
+
+def _check_code(layout: Layout, page: dict[str, Any], found: Verification) -> None:
+    """Read the Python files; they are not run."""
+    if layout.architecture.exists() == (page["architecture"] == "robustbench"):
+        found.problems.append("architecture.py is there though RobustBench has the class, or is missing")
+    for path in (layout.entry, layout.architecture):
+        if not path.exists():
+            found.problems += ["model_zoo_entry.py is missing"] if path == layout.entry else []
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        found.problems += [f"{path.name} {problem}" for problem in import_problems(text)]
+    if layout.entry.exists() and not _names_entry(
+        layout.entry.read_text(encoding="utf-8", errors="replace"), page["name"]
+    ):
+        found.problems.append(f"model_zoo_entry.py has no ENTRY called {page['name']!r}")
+    found.checked.append("that its Python files are Python and import what RobustBench depends on (they were not run)")
+
+
+def _names_entry(text: str, name: str) -> bool:
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return False
+    values = [
+        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ENTRY"
+    ]
+    tuples = [value for value in values if isinstance(value, ast.Tuple) and len(value.elts) == 2]
+    return any(isinstance(value.elts[0], ast.Constant) and value.elts[0].value == name for value in tuples)
