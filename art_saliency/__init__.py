@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from art_saliency.augmentation import Augmentation
     from art_saliency.data import DataSet, load_data
     from art_saliency.evaluation.accuracy import accuracy, pgd_accuracy
+    from art_saliency.evaluation.audit import AuditReport, audit
     from art_saliency.evaluation.autoattack import AutoAttackResult, autoattack
+    from art_saliency.evaluation.corruptions import corruption_accuracy
+    from art_saliency.evaluation.report import Report, full_report
+    from art_saliency.evaluation.saliency import saliency_report
+    from art_saliency.evaluation.transfer import transfer
     from art_saliency.methods.fsr import FSRLoss, insert_fsr, remove_fsr
     from art_saliency.networks import build_network
     from art_saliency.robustbench.export import export_robustbench
@@ -44,6 +49,7 @@ _HOME = {
     "AALPTrainer": "trainers.methods",
     "ALPTrainer": "trainers.methods",
     "AdvGSCTTrainer": "trainers.methods",
+    "AuditReport": "evaluation.audit",
     "Augmentation": "augmentation",
     "AutoAttackResult": "evaluation.autoattack",
     "DataSet": "data",
@@ -53,20 +59,26 @@ _HOME = {
     "JSIGRTrainer": "trainers.methods",
     "MARTTrainer": "trainers.methods",
     "PGDATTrainer": "trainers.methods",
+    "Report": "evaluation.report",
     "StandardTrainer": "trainers.methods",
     "TRADESTrainer": "trainers.methods",
     "ThreatModel": "threat",
     "accuracy": "evaluation.accuracy",
+    "audit": "evaluation.audit",
     "autoattack": "evaluation.autoattack",
     "build_network": "networks",
+    "corruption_accuracy": "evaluation.corruptions",
     "export_robustbench": "robustbench.export",
+    "full_report": "evaluation.report",
     "insert_fsr": "methods.fsr",
     "load": "trainers.runs",
     "load_data": "data",
     "load_robustbench": "robustbench.zoo",
     "pgd_accuracy": "evaluation.accuracy",
     "remove_fsr": "methods.fsr",
+    "saliency_report": "evaluation.saliency",
     "save": "trainers.runs",
+    "transfer": "evaluation.transfer",
     "verify_bundle": "robustbench.verify",
 }
 
@@ -74,6 +86,7 @@ __all__ = [
     "AALPTrainer",
     "ALPTrainer",
     "AdvGSCTTrainer",
+    "AuditReport",
     "Augmentation",
     "AutoAttackResult",
     "DataSet",
@@ -83,21 +96,27 @@ __all__ = [
     "JSIGRTrainer",
     "MARTTrainer",
     "PGDATTrainer",
+    "Report",
     "StandardTrainer",
     "TRADESTrainer",
     "ThreatModel",
     "__version__",
     "accuracy",
+    "audit",
     "autoattack",
     "build_network",
+    "corruption_accuracy",
     "export_robustbench",
+    "full_report",
     "insert_fsr",
     "load",
     "load_data",
     "load_robustbench",
     "pgd_accuracy",
     "remove_fsr",
+    "saliency_report",
     "save",
+    "transfer",
     "verify_bundle",
 ]
 
