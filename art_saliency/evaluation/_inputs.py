@@ -33,8 +33,10 @@ def checked(model: nn.Module, x: Any, y: Any) -> tuple[Tensor, Tensor]:
     :return: The images as they are, and the labels as (N,) int64.
     """
     x = _checks.images(x, allow_uint8=True)
-    with evaluating(model), torch.no_grad():
-        classes = model(pixels(x[:1], like(model, x))).shape[1]
+    first = pixels(x[:1], like(model, x))
+    # A network that draws random numbers must not move the caller's generator by being asked for its classes.
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[first.device] if first.is_cuda else []):
+        classes = model(first).shape[1]
     return x, _checks.labels(y, len(x), classes, soft=False)
 
 

@@ -153,22 +153,11 @@ def audit(
         seed_everything(seed)
         lab = Laboratory(model, images, labels, threat, budget, batch_size=batch_size, seed=seed, bar=bar)
         scores["clean"] = lab.clean
-        standing = None if found is None else lab.score(found.x_adv.to(images)) if lab.randomised else found.correct
-        by_queries = lab.score(square.x_adv.to(images)) if lab.randomised else square.correct
         words = "AutoAttack" if found is None else f"AutoAttack ({found.version})"
         steps: list[Callable[[Laboratory, dict[str, Tensor]], list[Check]]] = [
-            checks.determinism,
-            checks.zero_gradients,
-            checks.smoothness,
-            checks.plateau,
-            checks.single_step,
-            checks.random_noise,
-            checks.logit_scale,
-            checks.radius,
-            checks.other_views,
-            checks.randomness,
-            partial(checks.black_box, square=by_queries, transferred=transferred),
-            partial(checks.autoattack_gap, found=standing, words=words),
+            *_STEPS,
+            partial(checks.black_box, square=_scored(lab, square), transferred=transferred),
+            partial(checks.autoattack_gap, found=_scored(lab, found), words=words),
             partial(checks.adaptive, variants=variants),
         ]
         bar.total = len(steps)
@@ -194,6 +183,27 @@ def audit(
         versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         seconds=time.perf_counter() - began,
     )
+
+
+_STEPS = (
+    checks.determinism,
+    checks.zero_gradients,
+    checks.smoothness,
+    checks.plateau,
+    checks.single_step,
+    checks.random_noise,
+    checks.logit_scale,
+    checks.radius,
+    checks.other_views,
+    checks.randomness,
+)
+
+
+def _scored(lab: Laboratory, result: AutoAttackResult | None) -> Tensor | None:
+    """:return: (N,) scores of AutoAttack's images: its own count, or over repeated passes of a network that answers at random."""
+    if result is None:
+        return None
+    return lab.score(result.x_adv.to(lab.x)) if lab.randomised else result.correct
 
 
 def collect_variants(model: nn.Module) -> dict[str, AdaptiveAttack]:
