@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any, TypeVar
@@ -128,6 +129,13 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.long() if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64) else tensor
 
 
+def _is_mapped(array: Any) -> bool:
+    """:return: Whether an array, or what it is a view of, is mapped from a file."""
+    while array is not None and not isinstance(array, np.memmap):
+        array = getattr(array, "base", None)
+    return array is not None
+
+
 def as_tensor(name: str, value: Any) -> Tensor:
     """:return: The array as a tensor that shares its memory where it can; anything but real numbers is refused."""
     if isinstance(value, Tensor):
@@ -138,9 +146,14 @@ def as_tensor(name: str, value: Any) -> Tensor:
         array = np.asarray(value)
         if array.dtype.kind not in "buif":
             raise TypeError(f"dtype {array.dtype}")
-        if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+        writeable = array.flags.writeable or _is_mapped(
+            array
+        )  # a mapped one may be larger than memory; nothing here writes to it
+        if not writeable or any(stride < 0 for stride in array.strides):
             array = array.copy()
-        return _wide(torch.from_numpy(array))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            return _wide(torch.from_numpy(array))
     except (TypeError, ValueError) as error:
         raise refuse(name, f"{type(value).__name__} ({error})", "an array or tensor of numbers") from error
 

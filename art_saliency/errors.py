@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 __all__ = [
     "ArtSaliencyError",
     "CheckpointError",
@@ -9,6 +12,7 @@ __all__ = [
     "MissingDependencyError",
     "NoEffectWarning",
     "NonFiniteLossError",
+    "TrainingInterrupted",
     "UnknownOptionError",
     "UnsupportedModelError",
 ]
@@ -57,6 +61,21 @@ class NonFiniteLossError(ArtSaliencyError, ArithmeticError):
             f"{term!r} became NaN or infinite at step {step} (epoch {epoch}); training stopped and the weights of "
             f"step {restored_step}, the last ones known to be finite, are in the classifier. Lower the learning rate or "
             f"the weight of the term, or set grad_clip"
+        )
+
+
+class TrainingInterrupted(ArtSaliencyError):  # noqa: N818, nothing is wrong
+    """
+    SIGINT or SIGTERM stopped a training that keeps checkpoints; it was kept first, and can go on.
+
+    :ivar signal: The signal's number. :ivar step: Steps that are done. :ivar exit_code: 128 and the signal's number, as shells have it.
+    """
+
+    def __init__(self, number: int, step: int, folder: str | os.PathLike[str]) -> None:
+        self.signal, self.step, self.exit_code = number, step, 128 + number
+        super().__init__(
+            f"training was interrupted by {signal.Signals(number).name} after step {step} and is kept in {folder}; to go on, "
+            f"repeat the same call with resume='auto' (at the command line: the same words and --resume)"
         )
 
 

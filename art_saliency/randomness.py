@@ -21,10 +21,12 @@ class RandomSource:
     :param device: Where the numbers are drawn.
     :param rank: This process, from 0.
     :param world_size: How many processes share the batch.
+    :ivar rows: This rank's images of the batch, where known: of a joint batch [a; b] it then keeps its rows of a and of b.
     """
 
     def __init__(self, seed: int, device: torch.device | str = "cpu", *, rank: int = 0, world_size: int = 1) -> None:
         self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.rows: int | None = None
         self.device = torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
@@ -33,7 +35,11 @@ class RandomSource:
         rows = len(like)
         shape = (rows * self.world_size, *like.shape[1:])
         drawn = torch.rand(shape, generator=self.generator, device=self.device, dtype=like.dtype)
-        return drawn[self.rank * rows : (self.rank + 1) * rows] if self.world_size > 1 else drawn
+        if self.world_size == 1:
+            return drawn
+        each = self.rows if self.rows and rows % self.rows == 0 else rows
+        parts = drawn.view(rows // each, self.world_size, each, *like.shape[1:])
+        return parts[:, self.rank].reshape(like.shape)
 
     def permutation(self, count: int) -> Tensor:
         """:return: (count,) int64, a random order, the same on every rank."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -172,6 +173,18 @@ def test_an_optional_package_is_imported_or_its_extra_is_named(tmp_path, monkeyp
 def test_what_is_no_array_of_real_numbers_is_refused(value):
     with pytest.raises(InputError, match=r"^x: got .+, expected (an array or tensor of|real) numbers$"):
         _checks.as_tensor("x", value)
+
+
+def test_an_array_mapped_from_a_file_is_never_copied(tmp_path):
+    """It may be larger than memory."""
+    np.save(tmp_path / "x.npy", np.arange(6, dtype=np.uint8))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    for array in (mapped, mapped[2:]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tensor = _checks.as_tensor("x", array)
+        assert tensor.data_ptr() == array.ctypes.data
+        assert tensor.tolist() == array.tolist()
 
 
 def test_arrays_share_memory_where_they_can_and_are_copied_where_they_cannot():

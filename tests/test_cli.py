@@ -154,17 +154,30 @@ def test_compare_puts_methods_and_compositions_into_one_table(folder, capsys):
     ]
     out = folder / "compare"
     assert (
-        main([*words, "--arms", "fgsm-rs,fsr+trades,standard@silu", "--out", str(out), "--quiet", "--device", "cpu"])
+        main(
+            [
+                *words,
+                "--arms",
+                "fgsm-rs:eps_step=0.05,fsr+trades,standard@silu",
+                "--out",
+                str(out),
+                "--quiet",
+                "--device",
+                "cpu",
+            ]
+        )
         == 0
     )
     printed, err = capsys.readouterr()
     assert err == ""
     results = json.loads((out / "results.json").read_text())
-    assert list(results) == ["fgsm-rs", "fsr+trades", "standard@silu"]
+    assert list(results) == ["fgsm-rs:eps_step=0.05", "fsr+trades", "standard@silu"]
+    page = json.loads((out / "fgsm-rs:eps_step=0.05" / "run.json").read_text())
+    assert (page["method"], page["settings"]["eps_step"]) == ("fgsm-rs", 0.05)
     page = json.loads((out / "standard@silu" / "run.json").read_text())
     assert (page["method"], page["network"]["activation"]) == ("standard", "silu")
     assert all(f"| {arm} " in printed for arm in results)
-    assert results["fsr+trades"]["passes_per_step"] > results["fgsm-rs"]["passes_per_step"] > 1
+    assert results["fsr+trades"]["passes_per_step"] > results["fgsm-rs:eps_step=0.05"]["passes_per_step"] > 1
     assert load(out / "fsr+trades").nb_classes == 10
     assert (out / "fsr+trades" / "saliency.png").exists()
 
@@ -213,6 +226,7 @@ WRONG = {
     "weights": (["train", "pgd-at", "--eps", "0.1", "--weights", "no.pt", "--out", "OUT"], "no.pt: no such file"),
     "scheduler": (["train", "pgd-at", "--eps", "0.1", "--scheduler", "cosin", "--out", "OUT"], "did you mean 'cosine'"),
     "arm": (["compare", "--arms", "pgd-at,fsr+pgd", "--out", "OUT"], "did you mean 'pgd-at'"),
+    "arm's parameter": (["compare", "--arms", "adv-gsct:rhoo=0", "--out", "OUT"], "did you mean 'rho'"),
     "activation": (["compare", "--arms", "pgd-at@sillu", "--out", "OUT"], "did you mean 'silu'"),
     "layer": (["compare", "--arms", "fr+pgd-at", "--out", "OUT"], "expected one of 'fsr'"),
     "no run": (["evaluate", "nowhere"], "nowhere: no run.json"),

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Sequence
 
 from art_saliency._version import __version__
-from art_saliency.cli import compare, evaluate, explain, export, methods, quickstart, train, verify
-from art_saliency.errors import ArtSaliencyError
+from art_saliency.cli import bench, compare, evaluate, explain, export, methods, quickstart, train, verify
+from art_saliency.errors import ArtSaliencyError, TrainingInterrupted
 
 __all__ = ["main", "make_parser"]
 
-_COMMANDS = (quickstart, train, evaluate, explain, compare, methods, export, verify)
+_COMMANDS = (quickstart, train, evaluate, explain, compare, methods, export, verify, bench)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -37,15 +37,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Run a command.
 
     :param argv: The words after ``art-saliency``; ``None`` takes the process's own.
-    :return: 0, 2 for an error that was explained, 130 when interrupted.
+    :return: 0, 2 for an error that was explained, 130 when interrupted, 143 when a training was terminated and kept.
     """
     args = make_parser().parse_args(argv)
+    args.words = sys.argv[1:] if argv is None else list(argv)
     if os.getcwd() not in sys.path:
         sys.path.append(
             os.getcwd()
         )  # where the user's own package.module:factory lies; last, so that it shadows nothing
     try:
         return int(args.run(args))
+    except TrainingInterrupted as error:
+        print(f"art-saliency {args.command}: {error}", file=sys.stderr)
+        return error.exit_code
     except ArtSaliencyError as error:
         print(f"art-saliency {args.command}: error: {error}", file=sys.stderr)
         return 2

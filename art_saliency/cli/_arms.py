@@ -44,7 +44,8 @@ class Budget:
 @dataclass(frozen=True)
 class Arm:
     """
-    One arm of a comparison: ``METHOD``, or ``fsr+BASE`` for FSR on top of one, and ``@ACTIVATION`` for another activation.
+    One arm of a comparison: ``METHOD``, or ``fsr+BASE`` for FSR on top of one, then ``:NAME=VALUE`` for each parameter that differs
+    from the method's default, and ``@ACTIVATION`` for another activation.
 
     :ivar name: As it was written. :ivar method: Without the activation. :ivar trainer: The trainer's name.
     :ivar parameters: Of the trainer. :ivar network: What differs from the common network.
@@ -61,16 +62,21 @@ def parse_arm(text: str) -> Arm:
     """:return: The arm of that name."""
     from art_saliency import _checks
     from art_saliency.architectures import ACTIVATIONS
+    from art_saliency.cli._common import read_settings
     from art_saliency.methods import OBJECTIVES
     from art_saliency.trainers.methods import TRAINERS
 
-    method, at, activation = text.partition("@")
+    rest, at, activation = text.partition("@")
+    method, *pairs = rest.split(":")
     network = {"activation": _checks.one_of("activation", activation, ACTIVATIONS)} if at else {}
     layer, plus, base = method.partition("+")
     if plus:
-        parameters = {"base": _checks.one_of("base", base, OBJECTIVES)}
-        return Arm(text, method, _checks.one_of("arm", layer, ["fsr"]), parameters, network)
-    return Arm(text, method, _checks.one_of("arm", method, TRAINERS), {}, network)
+        parameters = {"base": _checks.one_of("base", base, OBJECTIVES), **read_settings("--arms", pairs)}
+        arm = Arm(text, method, _checks.one_of("arm", layer, ["fsr"]), parameters, network)
+    else:
+        arm = Arm(text, method, _checks.one_of("arm", method, TRAINERS), read_settings("--arms", pairs), network)
+    TRAINERS[arm.trainer].check_parameters({"eps": 0.1, **arm.parameters})
+    return arm
 
 
 def run_arm(arm: Arm, budget: Budget, out: Path) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,7 +15,16 @@ if TYPE_CHECKING:
     from art_saliency.data import DataSet
     from art_saliency.threat import ThreatModel
 
-__all__ = ["add_run_options", "data_of_run", "fraction", "pick_device", "say", "threat_of_run"]
+__all__ = [
+    "add_run_options",
+    "data_of_run",
+    "fraction",
+    "own_device",
+    "pick_device",
+    "read_settings",
+    "say",
+    "threat_of_run",
+]
 
 
 def fraction(text: str) -> float:
@@ -22,6 +34,25 @@ def fraction(text: str) -> float:
         return float(above) / float(below) if below else float(above)
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a number such as 0.3 or 8/255") from None
+
+
+def read_settings(option: str, pairs: Sequence[str]) -> dict[str, Any]:
+    """Read ``NAME=VALUE``: JSON where it is JSON, a fraction where it is one, else a word. :return: By name."""
+    from art_saliency import _checks
+
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise _checks.refuse(option, repr(pair), "NAME=VALUE, such as rho=0.2")
+        try:
+            settings[name] = json.loads(text)
+        except ValueError:
+            try:
+                settings[name] = fraction(text)
+            except argparse.ArgumentTypeError:
+                settings[name] = text
+    return settings
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +83,12 @@ def pick_device(name: str) -> torch.device:
             "--device", repr(name), f"one of the {torch.cuda.device_count()} GPUs here", "use --device cpu"
         )
     return device
+
+
+def own_device(name: str) -> torch.device:
+    """:return: The device of this process among several on a machine: a GPU of its own, or the CPU."""
+    device = pick_device(name)
+    return device if device.type == "cpu" else pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
 
 
 def threat_of_run(args: Any, page: dict[str, Any]) -> ThreatModel:

@@ -28,8 +28,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--arms",
         default=_ARMS,
-        help="methods, comma-separated; fsr+BASE puts FSR on BASE, METHOD@silu gives the network another activation, which "
-        "J-SIGR needs (default: %(default)s)",
+        help="methods, comma-separated; fsr+BASE puts FSR on BASE, METHOD:NAME=VALUE sets a parameter, METHOD@silu gives the "
+        "network another activation, which J-SIGR needs (default: %(default)s)",
     )
     parser.add_argument("--data", default="digits", help="as for train (default: %(default)s)")
     parser.add_argument("--data-root", help="where torchvision's sets lie")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from art_saliency.cli._common import add_run_options, fraction, pick_device, say
+from art_saliency.cli._common import add_run_options, fraction, own_device, pick_device, read_settings, say
+from art_saliency.cli._launch import on_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from art_saliency.data import DataSet
 
 _RECIPES = {"sgd": 0.1, "adam": 0.01}
+_KEPT = "checkpoints"
+"""The folder, in that of a run, where it is kept until it is over."""
+_OWN = (_KEPT, "weights.pt", "run.json", "best.pt", "last.pt")
 
 
 def add_parser(commands: Any) -> None:
@@ -23,11 +27,14 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
         help="train a network by one of the methods",
-        description="Trains a network by one of the methods and writes a folder with weights.pt and run.json.",
+        description="Trains a network by one of the methods and writes a folder with weights.pt and run.json; "
+        "beside them best.pt (last.pt with --selection best), the weights of the other epoch, where images are held out. "
+        "While it trains, the run is kept in OUT/checkpoints; killed or interrupted, it goes on with the same words and --resume.",
         epilog="Examples:\n"
         "  art-saliency train adv-gsct --data digits --eps 0.2 --out runs/digits\n"
         "  art-saliency train pgd-at --data mnist.npz --eps 0.3 --set max_iter=20 --out runs/mnist\n"
         "  art-saliency train adv-gsct --data cifar10 --network resnet18 --eps 8/255 --augment crop-flip --epochs 30 --out runs/c10\n"
+        "  art-saliency train adv-gsct --data cifar10 --network resnet18 --eps 8/255 --augment crop-flip --epochs 30 --out runs/c10 --resume\n"
         "  art-saliency train trades --data images/ --size 64 --network my_package.nets:make --weights start.pt --eps 4/255 --out runs/own",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -81,48 +88,88 @@ def add_parser(commands: Any) -> None:
     run_group.add_argument(
         "--scheduler", default="onecycle", help="onecycle, cosine, step or none (default: %(default)s)"
     )
+    run_group.add_argument(
+        "--devices", type=int, default=1, help="processes that share every batch, on one GPU each where there are any"
+    )
     run_group.add_argument("--grad-clip", type=float, help="the greatest norm of the gradient")
+    run_group.add_argument(
+        "--selection",
+        default="last",
+        help="last, or best: the epoch most robust on the images held out (default: last)",
+    )
+    run_group.add_argument("--patience", type=int, help="end after so many measurements without a better one")
+    run_group.add_argument(
+        "--validate-every", type=int, default=1, help="epochs between two measurements (default: %(default)s)"
+    )
+    run_group.add_argument("--ema", type=float, help="keep an exponential average of the weights, of decay 0.999, say")
+    run_group.add_argument("--swa-from", type=float, help="average the weights equally after this share of the run")
+    run_group.add_argument("--awp", type=float, metavar="GAMMA", help="adversarial weight perturbation: 0.005, say")
+    run_group.add_argument(
+        "--label-smoothing", type=float, default=0.0, help="for methods that take soft labels (default: 0)"
+    )
     run_group.add_argument("--precision", default="32-true", help="32-true or bf16-mixed (default: %(default)s)")
     run_group.add_argument("--deterministic", action="store_true", help="only kernels whose results repeat bit for bit")
+    run_group.add_argument(
+        "--resume", action="store_true", help="go on with the run in --out, where one was interrupted; else start it"
+    )
+    run_group.add_argument(
+        "--checkpoint-every",
+        default="1 epoch",
+        metavar="WORDS",
+        help="'2 epochs', '500 steps' or '600 seconds' (default: %(default)s)",
+    )
     add_run_options(parser)
     parser.set_defaults(run=run)
 
 
-def _settings(pairs: list[str]) -> dict[str, Any]:
-    """Read ``--set NAME=VALUE``: JSON where it is JSON, a fraction where it is one, else a word."""
+def _folder(args: argparse.Namespace) -> Path:
+    """:return: Where the run goes: a vacant folder, or with ``--resume`` one that holds nothing but a run that was not over."""
     from art_saliency import _checks
+    from art_saliency.trainers.runs import vacant_folder
 
-    settings: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name:
-            raise _checks.refuse("--set", repr(pair), "NAME=VALUE, such as --set rho=0.2")
-        try:
-            settings[name] = json.loads(text)
-        except ValueError:
-            try:
-                settings[name] = fraction(text)
-            except argparse.ArgumentTypeError:
-                settings[name] = text
-    return settings
+    folder = Path(args.out)
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    # It may have been killed while it wrote its last files.
+    begun = _KEPT in names and all(name in _OWN or name.startswith(".") for name in names)
+    if begun and args.resume:
+        return folder
+    if begun and not args.force:
+        raise _checks.refuse(
+            "--out",
+            f"{folder}, where a run was interrupted",
+            "a new or empty folder",
+            "add --resume to go on with it, or --force to start anew",
+        )
+    return vacant_folder(folder, force=args.force)
 
 
 def run(args: argparse.Namespace) -> int:
     """Do it. :return: 0."""
+    if args.devices > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:  # as torchrun and on_ranks itself leave it
+        return on_ranks(args.words, args.devices)
     from art_saliency import _checks
     from art_saliency.augmentation import augmentation_by_name
     from art_saliency.data import load_data
+    from art_saliency.files import write_tensors
     from art_saliency.trainers.methods import TRAINERS
-    from art_saliency.trainers.runs import save, vacant_folder
+    from art_saliency.trainers.runs import save
     from art_saliency.trainers.surrogates import Recipe, describe_optimizer
+    from art_saliency.training.checkpoint import cadence, clear
+    from art_saliency.training.engine import launched
 
+    rank, ranks = launched()
+    _checks.whole("--devices", args.devices, least=1)
+    alone, args.quiet = ranks == 1, args.quiet or rank > 0
+    if args.resume and not alone:
+        raise _checks.refuse("--resume", f"a run of {ranks} processes", "one process", "checkpoints are kept of those")
     trainer_class = TRAINERS[_checks.one_of("METHOD", args.method, TRAINERS)]
-    settings = {"eps": args.eps, "norm": args.norm, **_settings(args.set)}
+    settings = {"eps": args.eps, "norm": args.norm, **read_settings("--set", args.set)}
     trainer_class.check_parameters(settings)  # refused before any data is read
-    device = pick_device(args.device)
+    device = pick_device(args.device) if alone else own_device(args.device)
     _checks.whole("--seed", args.seed)
     augment = None if args.augment == "none" else augmentation_by_name(args.augment)
-    folder = vacant_folder(args.out, force=args.force)
+    cadence(args.checkpoint_every)
+    folder = _folder(args)
 
     data = load_data(args.data, root=args.data_root, download=args.download, size=args.size)
     train, validation = (data.x_train, data.y_train), None
@@ -144,6 +191,13 @@ def run(args: argparse.Namespace) -> int:
         deterministic=args.deterministic,
         validation_split=args.validation_split,
         weights=spec_of(args.weights) if args.weights else None,
+        selection=args.selection,
+        patience=args.patience,
+        validate_every=args.validate_every,
+        ema=args.ema,
+        swa_from=args.swa_from,
+        awp=args.awp,
+        label_smoothing=args.label_smoothing,
     )
     trainer = trainer_class(classifier, **parameters)
     held_out = 0 if validation is None else len(validation[0])
@@ -160,11 +214,14 @@ def run(args: argparse.Namespace) -> int:
         scheduler=recipe.scheduler,
         seed=args.seed,
         augment=augment,
-        grad_clip=args.grad_clip,
-        precision=args.precision,
-        deterministic=args.deterministic,
         verbose=not args.quiet,
+        checkpoint_dir=folder / _KEPT if alone else None,
+        checkpoint_every=args.checkpoint_every if alone else 1,
+        resume="auto" if args.resume else "never",
+        **recipe.run_options(),
     )
+    if rank:  # of several processes the first alone writes
+        return 0
     save(
         folder,
         classifier,
@@ -174,10 +231,28 @@ def run(args: argparse.Namespace) -> int:
         data={"spec": spec_of(args.data), "root": args.data_root, "size": args.size, "fingerprint": data.fingerprint()},
         history=trainer.history,
         recipe=recipe.to_json(),
-        force=args.force,
+        force=True,  # it was vacant, or the user's word was taken, before the training
     )
-    print(f"{folder}: {_summary(trainer.history[-1])}. Next: art-saliency evaluate {folder}")
+    kept = trainer.history.meta["weights"]
+    (folder / f"{kept['selection']}.pt").unlink(
+        missing_ok=True
+    )  # of a run that was here before: weights.pt holds them now
+    for which, weights in trainer.kept_weights.items():
+        if which != kept["selection"]:
+            write_tensors(folder / f"{which}.pt", weights)
+    if alone:
+        clear(folder / _KEPT)
+    print(
+        f"{folder}: {_weights(kept)}; {_summary(trainer.history[kept['epoch']])}. Next: art-saliency evaluate {folder}"
+    )
     return 0
+
+
+def _weights(kept: dict[str, Any]) -> str:
+    """:return: Which weights ``weights.pt`` holds, in words; `kept` stands in the history."""
+    averaged = f", {kept['average']} average" if "average" in kept else ""
+    stopped = f", stopped after epoch {kept['last_epoch'] + 1}" if kept.get("stopped_early") else ""
+    return f"{kept['selection']} weights (epoch {kept['epoch'] + 1}{averaged}{stopped})"
 
 
 def _network(args: argparse.Namespace, data: DataSet) -> dict[str, Any]:

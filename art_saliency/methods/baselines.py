@@ -226,7 +226,7 @@ class AdversarialObjective(Objective):
 
     def adversarial(self, model: nn.Module, batch: Batch) -> Tensor:
         """
-        The inner maximisation, in eval mode, without gradients to the weights.
+        The inner maximisation, in eval mode, without gradients to the weights; done once for a batch that keeps its images.
 
         :param model: In any mode, which it gets back.
         :param batch: Its ``random`` is where the attack's random numbers come from.
@@ -234,6 +234,10 @@ class AdversarialObjective(Objective):
         """
         if batch.y.ndim != 1 and not self.soft_labels:
             raise _checks.refuse("y", "soft labels", "class indices (N,)", f"{self.name} needs one true class an image")
+        if batch.kept:
+            if batch.random is not None:
+                batch.random.load_state_dict({"generator": batch.kept["generator"]})
+            return batch.kept["x_adv"]
         x = batch.x.detach()
         with evaluating(model), frozen(model):
             x_adv = self.maximise(model, batch) if self.attack is None else self.attack(model, x, batch.y)
@@ -241,7 +245,12 @@ class AdversarialObjective(Objective):
             raise _checks.refuse("attack", f"images of shape {tuple(x_adv.shape)}", f"the batch's {tuple(x.shape)}")
         x_adv = x_adv.detach().to(x)
         # An attack is not to be trusted: what it returns may be outside the ball, and a NaN would end the training.
-        return self.threat.project(torch.where(torch.isfinite(x_adv), x_adv, x), x)
+        x_adv = self.threat.project(torch.where(torch.isfinite(x_adv), x_adv, x), x)
+        if batch.kept is not None:
+            batch.kept.update(
+                {"x_adv": x_adv} if batch.random is None else {"x_adv": x_adv, **batch.random.state_dict()}
+            )
+        return x_adv
 
     def maximise(self, model: nn.Module, batch: Batch) -> Tensor:
         """:return: (N, C, H, W), the adversarial images of the method's own attack: PGD on the cross-entropy."""

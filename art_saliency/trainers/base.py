@@ -22,14 +22,19 @@ from art_saliency.data import stratified_split, to_unit
 from art_saliency.errors import UnsupportedModelError
 from art_saliency.methods.base import Objective
 from art_saliency.threat import ThreatModel
+from art_saliency.trainers.identity import digest_of_pair, identity_of_run
 from art_saliency.trainers.network import ClassifierNetwork, check_trainable
 from art_saliency.trainers.teacher import teacher_maps, trained_teacher
+from art_saliency.training.averaging import ExponentialAverage, StochasticWeightAverage
+from art_saliency.training.awp import WeightPerturbation
 from art_saliency.training.batches import Augment, Batches, ResidentBatches, StreamedBatches
-from art_saliency.training.engine import PRECISIONS, Engine
+from art_saliency.training.checkpoint import MAPS, RESUME, Checkpoints, cadence
+from art_saliency.training.engine import PRECISIONS, Engine, launched
 from art_saliency.training.extensions import Extension, OverfittingWatch, Validation
 from art_saliency.training.loop import train
 from art_saliency.training.records import History, Progress
 from art_saliency.training.schedules import Schedule
+from art_saliency.training.selection import LabelSmoothing, Selection
 
 __all__ = ["ObjectiveTrainer", "RunOptions"]
 
@@ -46,6 +51,20 @@ class RunOptions:
     :ivar precision: ``"32-true"`` or ``"bf16-mixed"``.
     :ivar validate_every: Epochs between two measurements on the validation data.
     :ivar validation_split: The share of the training images that is held out when there is no `validation_data`; 0 holds out none.
+    :ivar selection: Whose weights stay in the classifier: ``"last"``, or ``"best"`` for the epoch with the highest PGD accuracy on
+        the validation data, which it needs. Both are in ``trainer.kept_weights`` where there is validation data.
+    :ivar patience: Measurements on the validation data without a better one after which training ends; ``None`` never.
+    :ivar ema: Decay of an exponential average of the weights (0.999, say); ``None`` keeps none. Where an average is kept, it is
+        what is validated, selected and left in the classifier.
+    :ivar swa_from: The share of the run after which the weights are averaged equally, epoch by epoch; ``None`` does not average.
+    :ivar awp: gamma of adversarial weight perturbation (0.005, say); ``None`` is without.
+    :ivar label_smoothing: 0 to below 1; for methods that take soft labels.
+    :ivar checkpoint_dir: A folder where the run is kept, so that it can go on bit for bit when it was interrupted; ``None`` writes
+        nothing. SIGINT and SIGTERM then end a run after its step, with
+        :class:`~art_saliency.errors.TrainingInterrupted`.
+    :ivar checkpoint_every: A number of epochs, or words: ``"500 steps"``, ``"600 seconds"``.
+    :ivar resume: ``"auto"`` goes on where a run in `checkpoint_dir` was interrupted, ``"must"`` refuses to start anew, ``"never"``
+        starts anew. Other data or settings than the interrupted run's are refused by name; `seed` may be left out.
     :ivar extensions: :class:`art_saliency.training.Extension` objects of the user's own.
     :ivar verbose: Whether progress is shown.
     """
@@ -57,12 +76,29 @@ class RunOptions:
     precision: str = "32-true"
     validate_every: int = 1
     validation_split: float = 0.0
+    selection: str = "last"
+    patience: int | None = None
+    ema: float | None = None
+    swa_from: float | None = None
+    awp: float | None = None
+    label_smoothing: float = 0.0
+    checkpoint_dir: str | os.PathLike[str] | None = None
+    checkpoint_every: int | str = 1
+    resume: str = "auto"
     extensions: Sequence[Extension] = ()
     verbose: bool = True
 
-    def seeded(self) -> RunOptions:
-        """:return: These options with a seed: the one given, or one drawn from torch's global generator."""
-        return self if self.seed is not None else replace(self, seed=int(torch.randint(2**31 - 1, ())))
+    def seeded(self, interrupted: int | None = None) -> RunOptions:
+        """:return: These options with a seed: the one given, an interrupted run's, or one drawn from torch's global generator."""
+        if self.seed is not None:
+            return self
+        return replace(self, seed=int(torch.randint(2**31 - 1, ())) if interrupted is None else interrupted)
+
+    def checkpoints(self) -> Checkpoints | None:
+        """:return: What is in the folder where the run is to be kept; ``None`` without a folder."""
+        if self.checkpoint_dir is None:
+            return None
+        return Checkpoints(self.checkpoint_dir, every=self.checkpoint_every, resume=self.resume)
 
     @classmethod
     def checked(cls, where: str, given: dict[str, Any]) -> RunOptions:
@@ -80,7 +116,41 @@ class RunOptions:
         _checks.one_of("precision", options.precision, PRECISIONS)
         _checks.whole("validate_every", options.validate_every, least=1)
         _checks.real("validation_split", options.validation_split, least=0, below=1)
-        return options
+        options._check_additions()
+        options._check_checkpoints()
+        return options if launched()[0] == 0 else replace(options, verbose=False)  # of several processes one speaks
+
+    def _check_checkpoints(self) -> None:
+        _checks.one_of("resume", self.resume, RESUME)
+        cadence(self.checkpoint_every)
+        if self.checkpoint_dir is None and (self.resume == "must" or self.checkpoint_every != 1):
+            raise _checks.refuse("checkpoint_dir", "None", "a folder", "checkpoints are written and read there")
+        if self.checkpoint_dir is not None and not isinstance(self.checkpoint_dir, (str, os.PathLike)):
+            raise _checks.refuse("checkpoint_dir", repr(self.checkpoint_dir), "a path or None")
+
+    def _check_additions(self) -> None:
+        """Build what :meth:`additions` does, so that it is refused now rather than when the data is prepared."""
+        if self.ema is not None and self.swa_from is not None:
+            raise _checks.refuse("swa_from", f"{self.swa_from:g} beside ema={self.ema:g}", "one average of the weights")
+        self.additions(1)
+        self.selecting()
+
+    def additions(self, classes: int) -> list[Extension]:
+        """:return: What changes the steps of the run and averages its weights."""
+        found: list[Extension] = []
+        if _checks.real("label_smoothing", self.label_smoothing, least=0, below=1):
+            found.append(LabelSmoothing(self.label_smoothing, classes))
+        if self.awp is not None:
+            found.append(WeightPerturbation(self.awp))
+        if self.ema is not None:
+            found.append(ExponentialAverage(self.ema))
+        if self.swa_from is not None:
+            found.append(StochasticWeightAverage(self.swa_from))
+        return found
+
+    def selecting(self) -> Selection:
+        """:return: What keeps the best weights."""
+        return Selection(self.selection, patience=self.patience)
 
 
 class ObjectiveTrainer(Trainer):  # type: ignore[misc]
@@ -125,6 +195,8 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         self._network = ClassifierNetwork(classifier)
         self.objective = self._make_objective(self.objective_class, parameters)
         self.history = History()
+        self.kept_weights: dict[str, dict[str, Tensor]] = {}
+        """By "best" and "last", state dicts of the classifier's model, after a ``fit`` with validation data."""
 
     @classmethod
     def method_name(cls) -> str:
@@ -196,24 +268,39 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         :param nb_epochs: Passes over the data.
         :param scheduler: ``"cosine"``, ``"step"``, ``"onecycle"``, or any torch scheduler (stepped once an epoch).
         :param kwargs: The fields of :class:`RunOptions`: ``seed``, ``augment``, ``grad_clip``, ``deterministic``, ``precision``,
-            ``validate_every``, ``validation_split``, ``extensions``, ``verbose``. An unknown keyword is refused.
+            ``validate_every``, ``validation_split``, ``selection``, ``patience``, ``ema``, ``swa_from``, ``awp``,
+            ``label_smoothing``, ``checkpoint_dir``, ``checkpoint_every``, ``resume``, ``extensions``, ``verbose``. An unknown
+            keyword is refused.
+        :raises TrainingInterrupted: By SIGINT or SIGTERM, where there is a ``checkpoint_dir``.
         """
         options = RunOptions.checked(f"{type(self).__name__}.fit", kwargs)
+        self._check_options(options, validated=validation_data is not None or options.validation_split > 0)
         self._check_run(batch_size, nb_epochs, scheduler, options)
+        checkpoints = options.checkpoints()
         images, targets = self.prepare(x, y)
         validation = None if validation_data is None else self.prepare(*_pair(validation_data), name="validation_data")
         if validation is None and options.validation_split:
             images, targets, validation = _hold_out(images, targets, options.validation_split, options.seed or 0)
         self._check_batches(len(images), batch_size)
+        if checkpoints is not None:
+            options = options.seeded(checkpoints.identity.get("seed"))
+            data = {"training": digest_of_pair(images, targets)}
+            self._claim(checkpoints, data, validation, nb_epochs, batch_size, scheduler, options)
         options = options.seeded()
 
         def batches(**maps: Any) -> ResidentBatches:
             return ResidentBatches(
-                images, targets, batch_size=batch_size, device=self._device, augment=options.augment, **maps
+                images,
+                targets,
+                batch_size=batch_size,
+                device=self._device,
+                augment=options.augment,
+                world_size=launched()[1],
+                **maps,
             )
 
-        maps = self._maps(images, targets, batches(), nb_epochs, options)
-        self._train(batches(**maps), nb_epochs, scheduler, validation, options)
+        maps = self._maps(images, targets, batches(), nb_epochs, options, checkpoints)
+        self._train(batches(**maps), nb_epochs, scheduler, validation, options, checkpoints)
 
     def fit_generator(self, generator: Any, nb_epochs: int = 20, **kwargs: Any) -> None:
         """
@@ -221,7 +308,8 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
 
         :param generator: An ART ``DataGenerator`` or a torch ``DataLoader`` that yields (x, y) as :meth:`fit` takes them.
         :param nb_epochs: Passes over the stream.
-        :param kwargs: ``validation_data`` and ``scheduler`` as in :meth:`fit`, and the fields of :class:`RunOptions`.
+        :param kwargs: ``validation_data`` and ``scheduler`` as in :meth:`fit`, and the fields of :class:`RunOptions`. A run with a
+            ``checkpoint_dir`` needs a ``DataLoader``, which can begin an epoch again; its content is not compared.
         """
         validation_data, scheduler = kwargs.pop("validation_data", None), kwargs.pop("scheduler", None)
         options = RunOptions.checked(f"{type(self).__name__}.fit_generator", kwargs)
@@ -229,15 +317,29 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
             raise _checks.refuse(
                 "validation_split", str(options.validation_split), "0 for a stream", "give validation_data"
             )
+        self._check_options(options, validated=validation_data is not None)
         make, steps, batch_size = _stream(generator)
+        if options.checkpoint_dir is not None and not isinstance(generator, DataLoader):
+            got = f"{type(generator).__name__}, which cannot begin an epoch again"
+            raise _checks.refuse("generator", got, "a torch DataLoader for a run with a checkpoint_dir")
         self._check_run(batch_size, nb_epochs, scheduler, options)
+        checkpoints = options.checkpoints()
         self._check_batches(2, batch_size)
         validation = None if validation_data is None else self.prepare(*_pair(validation_data), name="validation_data")
+        if checkpoints is not None:
+            options = options.seeded(checkpoints.identity.get("seed"))
+            data = {"stream": f"{steps} batches", "dataset": type(generator.dataset).__name__}
+            self._claim(checkpoints, data, validation, nb_epochs, batch_size, scheduler, options)
         options = options.seeded()
         batches = StreamedBatches(
-            make, lambda x, y: self.prepare(x, y), steps_per_epoch=steps, device=self._device, augment=options.augment
+            make,
+            lambda x, y: self.prepare(x, y),
+            steps_per_epoch=steps,
+            device=self._device,
+            augment=options.augment,
+            generators=_generators(generator),
         )
-        self._train(batches, nb_epochs, scheduler, validation, options)
+        self._train(batches, nb_epochs, scheduler, validation, options, checkpoints)
 
     def predict(self, x: Any, **kwargs: Any) -> np.ndarray[Any, Any]:
         """
@@ -286,20 +388,59 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         return images, (low, high)
 
     def _maps(
-        self, images: Tensor, targets: Tensor, batches: Batches, epochs: int, options: RunOptions
+        self,
+        images: Tensor,
+        targets: Tensor,
+        batches: Batches,
+        epochs: int,
+        options: RunOptions,
+        checkpoints: Checkpoints | None,
     ) -> dict[str, Any]:
         """Per-image maps that the augmentation moves with the images, where the objective reads them."""
         objective: Any = self.objective
         if not objective.needs_maps:
             return {}
         # The objective keeps no teacher that was trained here: a second fit starts from a network of its own.
-        teacher = objective.teacher
+        teacher, maps_file = objective.teacher, self.maps_file
         if teacher is None:
-            epochs = self.teacher_epochs or epochs
-            engine = Engine(self._device)
-            teacher = trained_teacher(self._network, self._classifier.optimizer, batches, epochs, engine, options)
+            teacher = trained_teacher(
+                self._network,
+                self._classifier.optimizer,
+                batches,
+                self.teacher_epochs or epochs,
+                Engine(self._device),
+                options,
+                None if checkpoints is None else checkpoints.below("teacher"),
+            )
+        if maps_file is None and checkpoints is not None:
+            maps_file = checkpoints.folder / MAPS
         x, y = images.to(self._device), targets.to(self._device)
-        return teacher_maps(objective, teacher, x, y, maps_file=self.maps_file, verbose=options.verbose)
+        return teacher_maps(objective, teacher, x, y, maps_file=maps_file, verbose=options.verbose)
+
+    def _claim(
+        self,
+        checkpoints: Checkpoints,
+        data: dict[str, Any],
+        validation: tuple[Tensor, Tensor] | None,
+        epochs: int,
+        batch_size: int,
+        scheduler: Any,
+        options: RunOptions,
+    ) -> None:
+        """Refuse a folder that holds another run, before any work starts."""
+        checkpoints.belong_to(
+            identity_of_run(
+                self,
+                self._network,
+                self._classifier.optimizer,
+                scheduler,
+                options,
+                device=self._device,
+                data={**data, "validation": None if validation is None else digest_of_pair(*validation)},
+                epochs=epochs,
+                batch_size=batch_size,
+            )
+        )
 
     def _check_run(self, batch_size: int, nb_epochs: int, scheduler: Any, options: RunOptions) -> None:
         if options.precision != "32-true" and self.objective.double_backward:
@@ -312,10 +453,40 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         _checks.whole("batch_size", batch_size, least=1)
         _checks.whole("nb_epochs", nb_epochs, least=1)
         Schedule.checked(scheduler)
+        known = scheduler is None or isinstance(scheduler, str) or hasattr(scheduler, "state_dict")
+        if options.checkpoint_dir is not None and not known:
+            got = f"{type(scheduler).__name__} without state_dict()"
+            raise _checks.refuse(
+                "scheduler", got, "one that can be kept", "give a torch scheduler or no checkpoint_dir"
+            )
+        _check_ranks(launched()[1], batch_size, options)
         check_trainable(self._network, self._classifier)
 
+    def _check_options(self, options: RunOptions, *, validated: bool) -> None:
+        """Refuse options that this method, or this run without validation data, cannot follow."""
+        for name, asked in (("selection", options.selection == "best"), ("patience", options.patience is not None)):
+            if asked and not validated:
+                raise _checks.refuse(
+                    name,
+                    f"{getattr(options, name)!r} without validation data",
+                    "held-out images to measure on",
+                    "pass validation_data=(x, y) or, to fit, validation_split=0.1",
+                )
+        if options.label_smoothing and not self.objective.soft_labels:
+            expected = f"0 for {self.objective.name}, which needs one true class an image"
+            raise _checks.refuse("label_smoothing", f"{options.label_smoothing:g}", expected)
+        if options.label_smoothing and getattr(self.objective, "label_smoothing", 0):
+            raise _checks.refuse(
+                "label_smoothing", "one for the method and one for the run", "one of them", "it would smooth twice"
+            )
+        if self.objective.needs_target_model and options.ema is None:
+            expected = f"a decay: {self.objective.name} asks for a slow copy of the network"
+            raise _checks.refuse("ema", "None", expected, "pass ema=0.999")
+
     def _check_batches(self, count: int, batch_size: int) -> None:
-        if min(count, batch_size) == 1 and any(isinstance(child, _BatchNorm) for child in self._network.modules()):
+        if min(count, batch_size) // launched()[1] <= 1 and any(
+            isinstance(child, _BatchNorm) for child in self._network.modules()
+        ):
             what = "batch_size" if batch_size == 1 else "x"
             raise _checks.refuse(what, "a batch of one image", "at least 2 for a network with BatchNorm")
 
@@ -326,18 +497,19 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         scheduler: Any,
         validation: tuple[Tensor, Tensor] | None,
         options: RunOptions,
+        checkpoints: Checkpoints | None,
     ) -> None:
         assert options.seed is not None
         threat: ThreatModel | None = getattr(self.objective, "threat", None)
-        extensions: list[Extension] = []
+        extensions, selection = options.additions(self._classifier.nb_classes), options.selecting()
         if validation is not None:
-            extensions.append(Validation(*validation, threat=threat, every=options.validate_every))
+            extensions += [Validation(*validation, threat=threat, every=options.validate_every), selection]
         if self.objective.single_step and threat is not None:
             extensions.append(OverfittingWatch(threat))
         extensions.extend(options.extensions)
         if options.verbose:
             extensions.append(Progress(self.method_name()))
-        self.history = History()
+        self.history, self.kept_weights = History(), {}
         train(
             self._network,
             self.objective,
@@ -351,7 +523,26 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
             deterministic=options.deterministic,
             extensions=extensions,
             history=self.history,
+            checkpoints=checkpoints,
         )
+        inner = "network."  # as ClassifierNetwork calls the classifier's own model
+        self.kept_weights = {
+            which: {name.removeprefix(inner): value for name, value in weights.items()}
+            for which, weights in selection.weights.items()
+        }
+
+
+def _check_ranks(count: int, batch_size: int, options: RunOptions) -> None:
+    """Refuse what several processes cannot do together."""
+    if count == 1:
+        return
+    together = f"for {count} processes that train together"
+    if batch_size % count:
+        raise _checks.refuse("batch_size", str(batch_size), f"a multiple of {count} {together}", "it is of all of them")
+    if options.seed is None:
+        raise _checks.refuse("seed", "None", f"a number {together}", "each would draw another")
+    if options.checkpoint_dir is not None:
+        raise _checks.refuse("checkpoint_dir", str(options.checkpoint_dir), f"None {together}", "train in one process")
 
 
 def _pair(validation_data: Any) -> tuple[Any, Any]:
@@ -385,6 +576,12 @@ def _stream(generator: Any) -> tuple[Callable[[], Iterator[Any]], int, int]:
 
         return batches, steps, int(generator.batch_size)
     raise _checks.refuse("generator", type(generator).__name__, "an ART DataGenerator or a torch DataLoader")
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """:return: What a loader draws from beside torch's global generator, each once."""
+    own = (getattr(loader, "generator", None), getattr(getattr(loader, "sampler", None), "generator", None))
+    return list({id(generator): generator for generator in own if generator is not None}.values())
 
 
 def _art_attack(attack: Any, network: ClassifierNetwork) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:

@@ -49,6 +49,7 @@ class Recipe:
     :ivar precision: As in ``fit``. :ivar deterministic: As in ``fit``.
     :ivar validation_split: The share of the training images that was held out; 0 is none.
     :ivar weights: A file of weights that training began from, or ``None``.
+    :ivar selection: As in ``fit``, and so are the following: :class:`~art_saliency.trainers.base.RunOptions`.
     """
 
     parameters: dict[str, Any]
@@ -63,6 +64,29 @@ class Recipe:
     deterministic: bool = False
     validation_split: float = 0.0
     weights: str | None = field(default=None)
+    selection: str = "last"
+    patience: int | None = None
+    validate_every: int = 1
+    ema: float | None = None
+    swa_from: float | None = None
+    awp: float | None = None
+    label_smoothing: float = 0.0
+
+    def run_options(self) -> dict[str, Any]:
+        """:return: What ``fit`` takes on top of epochs, batch size, schedule, augmentation and validation data."""
+        names = (
+            "grad_clip",
+            "precision",
+            "deterministic",
+            "selection",
+            "patience",
+            "validate_every",
+            "ema",
+            "swa_from",
+            "awp",
+            "label_smoothing",
+        )
+        return {name: getattr(self, name) for name in names}
 
     def to_json(self) -> dict[str, Any]:
         """:return: The fields."""
@@ -144,9 +168,10 @@ def train_surrogates(
         if isinstance(value, dict) and "callable" in value:
             got = f"a run whose {key} is a function ({value['callable']}), which run.json cannot hold"
             raise _checks.refuse("surrogates", got, "one that can be repeated", "train a twin yourself")
-    x, y = data.x_train, data.y_train
+    (x, y), held_out = (data.x_train, data.y_train), None
     if recipe.validation_split:
-        (x, y), _ = data.split(recipe.validation_split, recipe.seed)
+        (x, y), held_out = data.split(recipe.validation_split, recipe.seed)
+    needs_validation = recipe.selection == "best" or recipe.patience is not None
 
     def train_copy(name: str, own: int) -> nn.Module:
         torch.manual_seed(own)
@@ -161,15 +186,14 @@ def train_surrogates(
         trainer.fit(
             x,
             y,
+            validation_data=held_out if needs_validation else None,
             batch_size=recipe.batch_size,
             nb_epochs=passes,
             scheduler=recipe.scheduler,
             seed=own,
             augment=None if recipe.augment is None else augmentation_by_name(recipe.augment),
-            grad_clip=recipe.grad_clip,
-            precision=recipe.precision,
-            deterministic=recipe.deterministic,
             verbose=not quiet,
+            **recipe.run_options(),
         )
         trained: nn.Module = classifier.model
         return trained.eval()

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from art_saliency.methods.baselines import Standard
 from art_saliency.training.batches import Batches
+from art_saliency.training.checkpoint import Checkpoints
 from art_saliency.training.engine import Engine
 from art_saliency.training.loop import train
 from art_saliency.training.records import Progress
@@ -48,12 +49,19 @@ def teacher_maps(
 
 
 def trained_teacher(
-    network: nn.Module, optimizer: Optimizer, batches: Batches, epochs: int, engine: Engine, options: RunOptions
+    network: nn.Module,
+    optimizer: Optimizer,
+    batches: Batches,
+    epochs: int,
+    engine: Engine,
+    options: RunOptions,
+    checkpoints: Checkpoints | None = None,
 ) -> nn.Module:
     """
     A copy of the network, trained on clean images by an optimizer of the same kind.
 
     :param network: As it is before training; it is not touched. :param epochs: Passes over the batches.
+    :param checkpoints: Where its training is kept; ``None`` keeps nothing.
     :return: The teacher, frozen, in eval mode.
     """
     teacher = copy.deepcopy(network)
@@ -71,5 +79,6 @@ def trained_teacher(
         scheduler="cosine",
         deterministic=options.deterministic,
         extensions=[Progress("teacher")] if options.verbose else [],
+        checkpoints=checkpoints,
     )
     return teacher.requires_grad_(False).eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,12 +19,23 @@ Augment = Callable[..., "tuple[Tensor, Tensor | None]"]
 
 
 class Batches(Protocol):
-    """An epoch of batches, again and again."""
+    """
+    An epoch of batches, again and again.
+
+    :ivar steps_per_epoch: How many batches an epoch has.
+    :ivar generators: What the order is drawn from beside the run's random source and torch's global generator.
+    """
 
     steps_per_epoch: int
+    generators: Sequence[torch.Generator]
 
-    def epoch(self, random: RandomSource) -> Iterator[Batch]:
-        """:return: The batches of one epoch, on the device."""
+    def epoch(self, random: RandomSource, start: int = 0) -> Iterator[Batch]:
+        """
+        Draw the epoch's order, at once, and leave out its first batches without a look at them.
+
+        :param start: How many are left out: an interrupted epoch goes on there.
+        :return: The other batches of the epoch, on the device.
+        """
 
 
 class ResidentBatches:
@@ -37,6 +48,7 @@ class ResidentBatches:
     :param x: (N, C, H, W) in [0, 1] or uint8. :param y: (N,) int64 or (N, K).
     :param maps: (N, M, h, w) per-image maps; `expand` makes them as large as the images before augmentation moves both.
     :param augment: Moves images and maps on the device.
+    :param world_size: How many processes share every batch, each its equal part; what is left over is left out as the last one is.
     """
 
     def __init__(
@@ -49,19 +61,24 @@ class ResidentBatches:
         augment: Augment | None = None,
         maps: Tensor | None = None,
         expand: Callable[[Tensor], Tensor] | None = None,
+        world_size: int = 1,
     ) -> None:
         home = device if _fits(x, device) else torch.device("cpu")
         self.x, self.y, self.maps = x.to(home), y.to(device), None if maps is None else maps.to(home)
         self.device, self.augment, self.expand = device, augment, expand
         self.batch_size = min(batch_size, len(x))
         whole, rest = divmod(len(x), self.batch_size)
-        self.steps_per_epoch = whole + (rest > 1)
+        self.steps_per_epoch = whole + (rest // world_size > 1)
 
-    def epoch(self, random: RandomSource) -> Iterator[Batch]:
-        """:return: Every image once, in a random order."""
-        order = random.permutation(len(self.x))
-        for step in range(self.steps_per_epoch):
-            index = order[step * self.batch_size : (step + 1) * self.batch_size]
+    generators: Sequence[torch.Generator] = ()
+
+    def epoch(self, random: RandomSource, start: int = 0) -> Iterator[Batch]:
+        """:return: Every image once, in a random order, from batch `start` on."""
+        return self._batches(random.permutation(len(self.x)), random, start)
+
+    def _batches(self, order: Tensor, random: RandomSource, start: int) -> Iterator[Batch]:
+        for step in range(start, self.steps_per_epoch):
+            index = _own_rows(order[step * self.batch_size : (step + 1) * self.batch_size], random)
             here = index.to(self.x.device)
             x = to_unit(self.x[here].to(self.device, non_blocking=True))
             maps = None if self.maps is None else self.maps[here].to(self.device, non_blocking=True)
@@ -70,6 +87,14 @@ class ResidentBatches:
             if self.augment is not None:
                 x, maps = self.augment(x, random, maps)
             yield Batch(x, self.y[index.to(self.y.device)], index=index, maps=maps, random=random)
+
+
+def _own_rows(batch: Tensor, random: RandomSource) -> Tensor:
+    """:return: This process's equal part of a batch: all of it, where there is one process."""
+    if random.world_size == 1:
+        return batch
+    random.rows = len(batch) // random.world_size
+    return batch[random.rank * random.rows : (random.rank + 1) * random.rows]
 
 
 def _fits(x: Tensor, device: torch.device) -> bool:
@@ -86,6 +111,7 @@ class StreamedBatches:
     :param make: Called once an epoch; yields (x, y) of any array kind.
     :param prepare: (x, y) -> tensors, checked: (N, C, H, W) in [0, 1] and labels.
     :param steps_per_epoch: How many batches an epoch has.
+    :param generators: The loader's own, where it shuffles with one.
     """
 
     def __init__(
@@ -96,15 +122,23 @@ class StreamedBatches:
         steps_per_epoch: int,
         device: torch.device,
         augment: Augment | None = None,
+        generators: Sequence[torch.Generator] = (),
     ) -> None:
+        self.generators = generators
         self.make, self.prepare, self.steps_per_epoch = make, prepare, steps_per_epoch
         self.device, self.augment = device, augment
 
-    def epoch(self, random: RandomSource) -> Iterator[Batch]:
-        """:return: One pass through the loader."""
-        stream = self.make()
-        for _, (x, y) in zip(range(self.steps_per_epoch), stream, strict=False):
+    def epoch(self, random: RandomSource, start: int = 0) -> Iterator[Batch]:
+        """:return: One pass through the loader, from batch `start` on: those before it are loaded and left."""
+        stream = iter(self.make())
+        for _ in zip(range(start), stream, strict=False):
+            pass
+        return self._batches(stream, random, start)
+
+    def _batches(self, stream: Iterator[Any], random: RandomSource, start: int) -> Iterator[Batch]:
+        for _, (x, y) in zip(range(start, self.steps_per_epoch), stream, strict=False):
             x, y = self.prepare(x, y)
+            x, y = _own_rows(x, random), _own_rows(y, random)
             x = to_unit(x.to(self.device, non_blocking=True))
             if self.augment is not None:
                 x, _ = self.augment(x, random, None)

@@ -15,7 +15,7 @@ from art_saliency.methods.base import Batch, Objective, auxiliary_modules, auxil
 from art_saliency.methods.baselines import Standard
 from art_saliency.randomness import RandomSource
 
-__all__ = ["forward_backward_passes"]
+__all__ = ["forward_backward_passes", "step_operations"]
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -56,11 +56,18 @@ def forward_backward_passes(model: nn.Module, objective: Objective, batch: Batch
     :param model: The network. :param objective: The method. :param batch: Any batch; its size does not matter.
     :return: A ratio; PGD-10 adversarial training is about 7.7.
     """
+    with torch.random.fork_rng(devices=[]):
+        return step_operations(model, objective, batch) / step_operations(model, Standard(), batch)
+
+
+def step_operations(model: nn.Module, objective: Objective, batch: Batch) -> int:
+    """
+    The floating-point operations of the objective's step: those of its convolutions and matrix products, as torch counts them.
+
+    :param model: The network; it is left alone. :param objective: The method. :param batch: The batch.
+    """
     batch = copy.copy(batch)
     batch.progress, batch.random = 1.0, RandomSource(0, batch.x.device)
     if objective.needs_maps and batch.maps is None:
         batch.maps = torch.zeros_like(batch.x[:, :1])  # a step of a run has them: they are made once, before training
-    with torch.random.fork_rng(devices=[]):
-        own = _operations(model, objective, batch)
-        plain = _operations(model, Standard(), batch)
-    return own / plain
+    return _operations(model, objective, batch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,17 +15,25 @@ from torch.optim import Optimizer
 
 from art_saliency import _checks
 
-__all__ = ["PRECISIONS", "Engine", "reproducible"]
+__all__ = ["PRECISIONS", "Engine", "launched", "reproducible"]
 
 PRECISIONS = ("32-true", "bf16-mixed")
 """float32 throughout, or bfloat16 where autocast allows it; Lightning's names."""
+
+
+def launched() -> tuple[int, int]:
+    """:return: This process's rank and how many processes a launcher (``--devices N``, ``torchrun``) started; (0, 1) without one."""
+    if not torch.distributed.is_available() or not torch.distributed.is_torchelastic_launched():
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 class Engine:
     """
     Device, precision and strategy of a run.
 
-    One process needs nothing of Fabric's wrapping, which costs a hook a forward pass, and gets none.
+    One process needs nothing of Fabric's wrapping, which costs a hook a forward pass, and gets none. Several, which a launcher
+    started, share every batch: each computes its rows, and DDP averages the gradients. It never starts processes itself.
     Fabric is imported here, when training starts: it takes a second.
 
     :param device: Where the network lies.
@@ -32,14 +42,32 @@ class Engine:
 
     def __init__(self, device: torch.device | str, *, precision: str = "32-true") -> None:
         from lightning_fabric import Fabric
+        from lightning_fabric.strategies.ddp import DDPStrategy
 
         self.device = torch.device(device)
         self.precision = _checks.one_of("precision", precision, PRECISIONS)
         accelerator = {"cuda": "gpu", "cpu": "cpu", "mps": "mps"}.get(self.device.type, "auto")
-        devices: Any = [self.device.index or 0] if self.device.type == "cuda" else 1
-        self.fabric = Fabric(accelerator=accelerator, devices=devices, precision="32-true")
-        self.rank, self.world_size = self.fabric.global_rank, self.fabric.world_size
+        self.rank, self.world_size = launched()
         self.plain = self.world_size == 1
+        if self.plain:
+            devices: Any = [self.device.index or 0] if self.device.type == "cuda" else 1
+            self.fabric = Fabric(accelerator=accelerator, devices=devices, precision="32-true")
+            return
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        # Sending buffers before every forward pass would change BatchNorm's under a step's earlier passes.
+        known = inspect.signature(torch.nn.parallel.DistributedDataParallel.__init__).parameters
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # else every rank announces itself
+        buffers: dict[str, Any] = {name: False}
+        strategy = DDPStrategy(**buffers)
+        self.fabric = Fabric(
+            accelerator=accelerator,
+            devices=here,
+            num_nodes=self.world_size // here,
+            strategy=strategy,
+            precision="32-true",
+        )
+        self.fabric.launch()
 
     def setup(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
         """:return: The network and optimizer that the loop is to call."""
@@ -61,6 +89,31 @@ class Engine:
             torch.autograd.backward(loss)
         else:
             self.fabric.backward(loss)
+
+    def mean_over_ranks(self, values: Tensor) -> Tensor:
+        """Average a tensor over the processes, in place; alone, it is the average. :return: It."""
+        if not self.plain:
+            torch.distributed.all_reduce(values)
+            values /= self.world_size
+        return values
+
+    def figures_of_all(self, figures: dict[str, float]) -> dict[str, float]:
+        """:return: The means of an epoch's figures over the processes, which had equally many images each."""
+        if self.plain:
+            return figures
+        values = self.mean_over_ranks(torch.tensor(list(figures.values()), dtype=torch.float64, device=self.device))
+        return dict(zip(figures, values.tolist(), strict=True))
+
+    def share_buffers(self, *networks: nn.Module) -> None:
+        """Average what is not trained (BatchNorm's statistics) over the processes, so that all hold one network."""
+        if not self.plain:
+            for buffer in {id(b): b for network in networks for b in network.buffers()}.values():
+                if buffer.is_floating_point():
+                    self.mean_over_ranks(buffer)
+
+    def any_of_all(self, flag: bool) -> bool:
+        """:return: Whether any process says yes: all must end a run together."""
+        return flag if self.plain else float(self.mean_over_ranks(torch.tensor([float(flag)], device=self.device))) > 0
 
 
 @contextmanager

@@ -1,14 +1,17 @@
-"""What can be hung on the loop: progress, validation, weight averages, checkpoints, all through four hooks."""
+"""What can be hung on the loop: progress, validation, weight averages, checkpoints, all through a few hooks."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from art_saliency.attacks import pgd
 from art_saliency.evaluation.accuracy import accuracy, pgd_accuracy
+from art_saliency.methods.base import Batch, LossTerms
 from art_saliency.modes import evaluating
 from art_saliency.threat import ThreatModel
 
@@ -29,11 +32,27 @@ class Extension:
     def on_start(self, run: Run) -> None:
         """Before the first step."""
 
+    def before_step(self, run: Run, batch: Batch) -> None:
+        """Before each step. What it changes in the batch, the objective sees."""
+
+    def around_gradient(
+        self, run: Run, batch: Batch, loss_terms: Callable[[], LossTerms]
+    ) -> AbstractContextManager[None]:
+        """
+        Around the passes of a step whose gradient the optimizer takes; weights that it changes come back on exit.
+
+        :param loss_terms: Computes the step's loss at the weights as they are now, without gradients into ``param.grad``.
+        """
+        return nullcontext()
+
     def after_step(self, run: Run) -> None:
         """After each optimizer step. Must not wait for the device."""
 
     def after_epoch(self, run: Run, record: dict[str, Any]) -> None:
         """After each epoch; what is written into `record` joins the history."""
+
+    def on_complete(self, run: Run) -> None:
+        """After the last epoch of a run that no error stopped: what is to stay in the network is put there."""
 
     def on_finish(self, run: Run) -> None:
         """After the last step, also when training was stopped by an error."""
@@ -43,12 +62,14 @@ class Extension:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken."""
+        """Continue where :meth:`state_dict` was taken. Called after :meth:`on_start`."""
 
 
 class Validation(Extension):
     """
     Clean and PGD accuracy on held-out images: ``validation_accuracy`` and ``validation_robust_accuracy`` in the history.
+
+    What is measured is what would stay: the averaged weights where an average is kept.
 
     :param x: (N, C, H, W) in [0, 1] or uint8. :param y: (N,) int64.
     :param threat: What PGD may do; ``None`` measures clean accuracy only.
@@ -73,7 +94,7 @@ class Validation(Extension):
         """Measure and write down."""
         if (run.epoch + 1) % self.every and run.epoch + 1 < run.epochs:
             return
-        model = run.model
+        model = run.candidate
         record["validation_accuracy"] = accuracy(model, self.x, self.y, batch_size=self.batch_size)
         if self.threat is not None:
             record["validation_robust_accuracy"] = pgd_accuracy(
@@ -123,3 +144,11 @@ class OverfittingWatch(Extension):
                 f"rate, shorten training, or use an iterative method",
                 stacklevel=2,
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """:return: Whether it was said."""
+        return {"warned": self.warned}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken."""
+        self.warned = bool(state["warned"])

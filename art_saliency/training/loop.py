@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,12 @@ from art_saliency.training.batches import Batches
 from art_saliency.training.engine import Engine, reproducible
 from art_saliency.training.extensions import Extension
 from art_saliency.training.guard import FiniteGuard
-from art_saliency.training.records import History, versions
+from art_saliency.training.records import History, Sums, versions
 from art_saliency.training.schedules import Schedule
+from art_saliency.training.state import begin_epoch
+
+if TYPE_CHECKING:
+    from art_saliency.training.checkpoint import Checkpoints
 
 __all__ = ["Run", "train"]
 
@@ -36,7 +41,14 @@ class Run:
     :ivar epoch: The current epoch, from 0. :ivar step: Optimizer steps done. :ivar epochs: How many epochs there will be.
     :ivar random: The run's random numbers. :ivar history: The epochs that are over.
     :ivar batch: The last batch. :ivar logits: Its detached logits. :ivar target_model: The slow copy, where an extension keeps one.
+    :ivar candidate: The network that would be deployed if the run ended now: the model itself, or an average of its weights.
+    :ivar stopping: Set it to end the run after this epoch, as if it were the last one.
+    :ivar extensions: What hangs on the run, in order. :ivar guard: Against what is not finite.
+    :ivar epoch_step: Steps of this epoch that are done. :ivar epoch_started: When it began, on ``time.perf_counter()``.
+    :ivar epoch_random: The random states of its start. :ivar sums: Of its figures. :ivar warned: Whether the objective was worried.
     """
+
+    guard: FiniteGuard
 
     def __init__(
         self,
@@ -50,35 +62,21 @@ class Run:
         schedule: Schedule,
         random: RandomSource,
         history: History,
+        extensions: Sequence[Extension] = (),
     ) -> None:
         self.model, self.objective, self.optimizer, self.batches = model, objective, optimizer, batches
         self.epochs, self.engine, self.schedule = epochs, engine, schedule
         self.random, self.history = random, history
-        self.epoch = self.step = 0
+        self.extensions = extensions
+        self.epoch = self.step = self.epoch_step = 0
+        self.epoch_started = time.perf_counter()
+        self.epoch_random: dict[str, Any] = {}
+        self.sums, self.warned = Sums(), False
         self.batch: Batch | None = None
         self.logits: Tensor | None = None
         self.target_model: nn.Module | None = None
-
-
-class _Sums:
-    """Figures of an epoch, weighted by the images of each step, kept on the device until the epoch is over."""
-
-    def __init__(self) -> None:
-        self._sums: dict[tuple[str, ...], Tensor] = {}
-        self._weight: dict[str, int] = {}
-
-    def add(self, names: tuple[str, ...], values: Tensor, rows: int) -> None:
-        weighted = values.double() * rows if values.device.type != "mps" else values * rows
-        self._sums[names] = self._sums[names] + weighted if names in self._sums else weighted
-        for name in names:
-            self._weight[name] = self._weight.get(name, 0) + rows
-
-    def means(self) -> dict[str, float]:
-        totals: dict[str, float] = {}
-        for names, sums in self._sums.items():
-            for name, value in zip(names, sums.tolist(), strict=True):
-                totals[name] = totals.get(name, 0.0) + value
-        return {name: total / self._weight[name] for name, total in totals.items()}
+        self.candidate: nn.Module = model
+        self.stopping = False
 
 
 def _loss_terms(run: Run, model: nn.Module, batch: Batch) -> LossTerms:
@@ -93,6 +91,18 @@ def _loss_terms(run: Run, model: nn.Module, batch: Batch) -> LossTerms:
     return result
 
 
+@contextmanager
+def _around_gradient(run: Run, batch: Batch, extensions: Sequence[Extension]) -> Iterator[None]:
+    def loss_terms() -> LossTerms:
+        with run.engine.autocast():
+            return _loss_terms(run, run.model, batch)
+
+    with ExitStack() as around:
+        for extension in extensions:
+            around.enter_context(extension.around_gradient(run, batch, loss_terms))
+        yield
+
+
 def _accuracy(logits: Tensor, y: Tensor) -> Tensor:
     return (logits.argmax(1) == (y if y.ndim == 1 else y.argmax(1))).float().mean()
 
@@ -101,17 +111,19 @@ def _epoch(
     run: Run,
     model: nn.Module,
     optimizer: Optimizer,
-    guard: FiniteGuard,
     grad_clip: float | None,
-    extensions: Sequence[Extension],
-) -> dict[str, float]:
-    sums, total = _Sums(), run.epochs * run.batches.steps_per_epoch
-    for batch in run.batches.epoch(run.random):
-        batch.progress, batch.target_model = run.step / total, run.target_model
-        with run.engine.autocast():
-            result = _loss_terms(run, model, batch)
-        optimizer.zero_grad(set_to_none=True)
-        run.engine.backward(result.loss)
+    checkpoints: Checkpoints | None,
+) -> None:
+    extensions, steps = run.extensions, run.batches.steps_per_epoch
+    for batch in begin_epoch(run):
+        batch.progress, batch.target_model = run.step / (run.epochs * steps), run.target_model
+        for extension in extensions:
+            extension.before_step(run, batch)
+        with _around_gradient(run, batch, extensions):
+            with run.engine.autocast():
+                result = _loss_terms(run, model, batch)
+            optimizer.zero_grad(set_to_none=True)
+            run.engine.backward(result.loss)
         if grad_clip is not None:
             torch.nn.utils.clip_grad_norm_(run.model.parameters(), grad_clip)
         optimizer.step()
@@ -121,24 +133,55 @@ def _epoch(
         figures = torch.stack(
             [*(term.detach().float() for term in result.terms.values()), result.loss.detach().float()]
         )
-        guard.watch(run.step, run.epoch, names, figures)
-        sums.add((*names, "train_accuracy"), torch.cat([figures, _accuracy(logits, batch.y)[None]]), len(batch.x))
+        run.guard.watch(run.step, run.epoch, names, figures)
+        run.sums.add((*names, "train_accuracy"), torch.cat([figures, _accuracy(logits, batch.y)[None]]), len(batch.x))
         run.batch, run.logits = batch, logits
         run.step += 1
+        run.epoch_step += 1
         for extension in extensions:
             extension.after_step(run)
-    guard.read(run.step, run.epoch)
-    return sums.means()
+        # After the last step the epoch is first brought to its end: what follows it belongs to it.
+        if checkpoints is not None and run.epoch_step < steps:
+            checkpoints.after_step(run)
+    run.guard.read(run.step, run.epoch)
+
+
+def _end_of_epoch(run: Run) -> None:
+    """The epoch's record, what follows from it, and the place before the next one."""
+    run.engine.share_buffers(run.model, run.candidate)
+    means = run.engine.figures_of_all(run.sums.means())
+    record = {
+        "epoch": run.epoch,
+        "loss": means.pop("loss"),
+        "train_accuracy": means.pop("train_accuracy"),
+        **means,
+        "lr": float(run.optimizer.param_groups[0]["lr"]),
+        "seconds": time.perf_counter() - run.epoch_started,
+    }
+    run.schedule.after_epoch(record["loss"])
+    for sentence in run.objective.epoch_warnings(record):
+        if not run.warned:
+            warnings.warn(f"epoch {run.epoch}: {sentence}", stacklevel=3)
+        run.warned = True
+    for extension in run.extensions:
+        extension.after_epoch(run, record)
+    run.stopping = run.engine.any_of_all(run.stopping)
+    run.history.records.append(record)
+    run.epoch, run.epoch_step, run.epoch_started, run.sums = run.epoch + 1, 0, time.perf_counter(), Sums()
 
 
 @contextmanager
-def _surrounded(run: Run, extensions: Sequence[Extension]) -> Iterator[None]:
+def _surrounded(run: Run, checkpoints: Checkpoints | None) -> Iterator[None]:
     """Start every extension, and finish all that were started, whatever happens between."""
     started: list[Extension] = []
     try:
-        for extension in extensions:
+        if checkpoints is not None:
+            checkpoints.restore(run)
+        for extension in run.extensions:
             extension.on_start(run)
             started.append(extension)
+        if checkpoints is not None:
+            checkpoints.begin(run)
         yield
     finally:
         for extension in reversed(started):
@@ -159,6 +202,7 @@ def train(
     deterministic: bool = False,
     extensions: Sequence[Extension] = (),
     history: History | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> History:
     """
     Train a network by an objective. Modes come back as they were, also when training is stopped by an error.
@@ -171,8 +215,10 @@ def train(
     :param deterministic: Whether only kernels are used whose results repeat bit for bit.
     :param extensions: What else happens around steps and epochs.
     :param history: A history to fill, so that it can be read after an error; ``None`` makes one.
+    :param checkpoints: Where the run is kept, and taken up from when it was interrupted; ``None`` writes nothing.
     :return: One record an epoch.
     :raises NonFiniteLossError: With the last finite weights put back.
+    :raises TrainingInterrupted: By SIGINT or SIGTERM, where there are checkpoints, after one was written.
     """
     history = History() if history is None else history
     random = RandomSource(seed, engine.device, rank=engine.rank, world_size=engine.world_size)
@@ -187,6 +233,7 @@ def train(
         schedule=schedule,
         random=random,
         history=history,
+        extensions=extensions,
     )
     history.meta.update(
         objective=objective.name,
@@ -196,39 +243,30 @@ def train(
         steps_per_epoch=batches.steps_per_epoch,
         device=str(engine.device),
         precision=engine.precision,
+        processes=engine.world_size,
         threads=torch.get_num_threads(),
         deterministic=deterministic,
         versions=versions(),
     )
     wrapped, wrapped_optimizer = engine.setup(model, optimizer)
-    guard = FiniteGuard(model, optimizer)
-    said = False
     try:
         with (
             modes_kept(model),
             reproducible(seed, engine.device, deterministic=deterministic),
-            _surrounded(run, extensions),
+            checkpoints or nullcontext(),
+            _surrounded(run, checkpoints),
         ):
-            for run.epoch in range(epochs):
+            run.guard = FiniteGuard(model, optimizer, first_step=run.step)
+            while run.epoch < epochs and not run.stopping:
                 model.train()
-                started = time.perf_counter()
-                means = _epoch(run, wrapped, wrapped_optimizer, guard, grad_clip, extensions)
-                record = {
-                    "epoch": run.epoch,
-                    "loss": means.pop("loss"),
-                    "train_accuracy": means.pop("train_accuracy"),
-                    **means,
-                    "lr": float(optimizer.param_groups[0]["lr"]),
-                    "seconds": time.perf_counter() - started,
-                }
-                schedule.after_epoch(record["loss"])
-                for sentence in objective.epoch_warnings(record):
-                    if not said:
-                        warnings.warn(f"epoch {run.epoch}: {sentence}", stacklevel=2)
-                    said = True
-                for extension in extensions:
-                    extension.after_epoch(run, record)
-                history.records.append(record)
+                _epoch(run, wrapped, wrapped_optimizer, grad_clip, checkpoints)
+                _end_of_epoch(run)
+                if checkpoints is not None:
+                    checkpoints.after_epoch(run)
+            run.epoch = len(history) - 1
+            history.meta["weights"] = {"selection": "last", "epoch": run.epoch}
+            for extension in extensions:
+                extension.on_complete(run)
     finally:
         schedule.restore()
         for module in auxiliary_modules(model):

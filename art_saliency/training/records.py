@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from art_saliency.training.extensions import Extension
@@ -16,14 +17,14 @@ from art_saliency.training.extensions import Extension
 if TYPE_CHECKING:
     from art_saliency.training.loop import Run
 
-__all__ = ["History", "Progress", "versions"]
+__all__ = ["History", "Progress", "Sums", "versions"]
 
 
 def versions() -> dict[str, str]:
     """:return: The versions that a result depends on."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in (
         "art-saliency",
         "adversarial-robustness-toolbox",
@@ -37,6 +38,38 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+class Sums:
+    """Figures of an epoch, weighted by the images of each step, kept on the device until the epoch is over."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, ...], Tensor] = {}
+        self._weight: dict[str, int] = {}
+
+    def add(self, names: tuple[str, ...], values: Tensor, rows: int) -> None:
+        """:param names: Of the figures. :param values: (len(names),), each the mean over the rows. :param rows: Images of the step."""
+        weighted = values.double() * rows if values.device.type != "mps" else values * rows
+        self._sums[names] = self._sums[names] + weighted if names in self._sums else weighted
+        for name in names:
+            self._weight[name] = self._weight.get(name, 0) + rows
+
+    def means(self) -> dict[str, float]:
+        """:return: The means over the images. Waits for the device."""
+        totals: dict[str, float] = {}
+        for names, sums in self._sums.items():
+            for name, value in zip(names, sums.tolist(), strict=True):
+                totals[name] = totals.get(name, 0.0) + value
+        return {name: total / self._weight[name] for name, total in totals.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """:return: Sums and weights."""
+        return {"sums": [[list(names), sums] for names, sums in self._sums.items()], "weight": dict(self._weight)}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Continue where :meth:`state_dict` was taken."""
+        self._sums = {tuple(names): sums.to(device) for names, sums in state["sums"]}
+        self._weight = dict(state["weight"])
 
 
 class History(Sequence[dict[str, Any]]):

@@ -1,0 +1,114 @@
+"""What must be equal in a run that goes on where another one was interrupted: data, method, network, optimizer, options."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from art_saliency.files import sha256_of_tensors
+
+if TYPE_CHECKING:
+    from art_saliency.trainers.base import ObjectiveTrainer, RunOptions
+
+__all__ = ["digest_of_pair", "identity_of_run"]
+
+_FREE = ("extensions", "verbose", "checkpoint_dir", "checkpoint_every", "resume", "validation_split")
+"""Options that may change: they do not touch what is computed, or (extensions, the split) are compared by other means."""
+
+_MOVING = ("lr", "initial_lr", "max_lr", "min_lr", "params", "param_names")
+_MOVING_OF_SCHEDULERS = ("last_epoch", "best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i")
+_CHUNK = 1 << 24  # elements brought to the CPU in one go
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def digest_of_pair(x: Tensor, y: Tensor) -> str:
+    """
+    Tell a set of images from others.
+
+    :param x: (N, C, H, W). :param y: (N,) or (N, K).
+    :return: How many there are, and the first half of a SHA-256 of types, shapes and content.
+    """
+    digest = hashlib.sha256()
+    for tensor in (x, y):
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}|".encode())
+        for start in range(0, len(tensor), rows := max(1, _CHUNK // max(1, tensor[0].numel()))):
+            digest.update(tensor[start : start + rows].cpu().contiguous().numpy().data)
+    return f"{len(x)} images, {digest.hexdigest()[:32]}"
+
+
+def identity_of_run(
+    trainer: ObjectiveTrainer,
+    network: nn.Module,
+    optimizer: Optimizer,
+    scheduler: Any,
+    options: RunOptions,
+    *,
+    device: torch.device,
+    data: dict[str, Any],
+    epochs: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    """
+    Describe a run for :meth:`art_saliency.training.checkpoint.Checkpoints.belong_to`.
+
+    :param data: Digests of the training and validation data, or what is known of a stream.
+    :return: JSON-able, so that each difference can be named.
+    """
+    teacher = getattr(trainer.objective, "teacher", None)
+    return {
+        "data": data,
+        "method": trainer.method_name(),
+        "settings": trainer.config(),
+        "teacher_epochs": trainer.teacher_epochs,
+        "teacher": sha256_of_tensors(teacher.state_dict()) if isinstance(teacher, nn.Module) else None,
+        "network": _network(network),
+        "optimizer": _optimizer(optimizer),
+        "scheduler": scheduler if isinstance(scheduler, str) else _scheduler(scheduler),
+        "nb_epochs": epochs,
+        "batch_size": batch_size,
+        "device": device.type,
+        **{f.name: _word(getattr(options, f.name)) for f in fields(options) if f.name not in _FREE},
+    }
+
+
+def _word(value: Any) -> Any:
+    """A plain value as it is; of anything else its words, without the addresses that change from process to process."""
+    return value if isinstance(value, _PLAIN) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def _network(network: nn.Module) -> dict[str, Any]:
+    shapes = {name: f"{tuple(value.shape)} {value.dtype}" for name, value in network.state_dict().items()}
+    frozen = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
+    return {"modules": _word_lines(network), "tensors": shapes, "frozen": frozen}
+
+
+def _word_lines(network: nn.Module) -> list[str]:
+    return str(_word(network)).splitlines()
+
+
+def _optimizer(optimizer: Optimizer) -> dict[str, Any]:
+    """Its class and its groups' settings; the learning rate is the one that a scheduler starts from."""
+    groups = [
+        {
+            "lr": _word(float(group.get("initial_lr", group["lr"]))),
+            "parameters": len(group["params"]),
+            **{key: _word(value) for key, value in group.items() if key not in _MOVING},
+        }
+        for group in optimizer.param_groups
+    ]
+    return {"name": type(optimizer).__name__, "groups": groups}
+
+
+def _scheduler(scheduler: Any) -> dict[str, Any] | None:
+    """The settings of a scheduler object, without what moves while it runs."""
+    if scheduler is None:
+        return None
+    state = scheduler.state_dict()
+    kept = {key: _word(v) for key, v in state.items() if not key.startswith("_") and key not in _MOVING_OF_SCHEDULERS}
+    return {"name": type(scheduler).__name__, **kept}
