@@ -24,8 +24,8 @@ from art_saliency.threat import ThreatModel
 from art_saliency.trainers.methods import TRAINERS
 from art_saliency.trainers.runs import make_classifier
 
-BUDGET = AuditBudget(max_iter=30, restarts=2, long=5, noise_draws=10, square_queries=400, repeats=8, eot=8)
-NOISY_BUDGET = AuditBudget(max_iter=15, restarts=1, noise_draws=4, square_queries=50, repeats=8, eot=4)
+BUDGET = AuditBudget(max_iter=20, restarts=2, long=4, noise_draws=8, square_queries=300)
+NOISY_BUDGET = AuditBudget(max_iter=10, noise_draws=2, square_queries=20, repeats=6, eot=4)
 CONSISTENT, SUSPICIOUS, MASKED = VERDICTS.values()
 
 
