@@ -106,7 +106,7 @@ def test_memory_is_what_a_turn_held_at_most_also_when_it_has_freed_it(megabytes)
     def turn():
         for _ in range(2):  # one after the other: together they would be twice as much
             held = torch.ones(megabytes, 1 << 18)
-            time.sleep(0.02)
+            time.sleep(0.3)  # long enough for a busy machine to look
             del held
         return 0.0
 

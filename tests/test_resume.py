@@ -338,6 +338,17 @@ def test_weights_that_are_not_finite_are_never_kept(digits, tmp_path):
 # --- signals ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def signals_act_as_at_a_terminal():
+    """A suite that is started in the background may find SIGINT ignored, which a training respects."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("at", [2, 3, STEPS * EPOCHS])
 def test_a_signal_waits_for_the_step_keeps_the_run_and_says_how_to_go_on(digits, whole, tmp_path, number, at):
