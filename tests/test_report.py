@@ -180,6 +180,14 @@ def test_evaluate_full_writes_a_report_with_three_surrogates(runs, capsys, monke
     assert set(page["transfer"]["surrogates"]) == {"standard", "pgd-at", "same recipe, other seed"}
     assert main(words) == 2
     assert "add --force" in capsys.readouterr().err
+    state = runs / "fgsm-rs" / "autoattack-state"
+    assert not state.exists(), "what an interrupted report would go on from is not left behind"
+    with monkeypatch.context() as patch:
+        patch.setattr("art_saliency.evaluation.report.transfer", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main([*words, "--force"])
+    assert state.exists()
+    assert main([*words, "--force", "--images", "14", "--no-surrogates"]) == 0, "of other images: a report of its own"
 
 
 def test_several_runs_are_put_side_by_side(runs, capsys, tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,6 +168,10 @@ def _full(
     from art_saliency.evaluation.report import full_report
     from art_saliency.trainers.surrogates import variants_of_run
 
+    # An interrupted report goes on where it stopped; one of other images, weights or settings has a folder of its own.
+    kept = folder / "autoattack-state"
+    settings = [page["weights_sha256"], data.fingerprint(), count, threat.norm, threat.eps]
+    settings += [args.version, args.batch_size, args.seed]
     report = full_report(
         model,
         data.x_test[:count],
@@ -181,10 +187,11 @@ def _full(
         version=args.version,
         batch_size=args.batch_size,
         seed=args.seed,
-        state_dir=folder / "autoattack-state",
+        state_dir=kept / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16],
         progress=not args.quiet,
     )
     target = report.write(folder / "report", force=args.force)
+    shutil.rmtree(kept, ignore_errors=True)  # it was for an interrupted report
     _print_table(report.page, page["method"], args.version)
     print(f"Audit: {report.audit.verdict}" + "".join(f"\n  {reason}" for reason in report.audit.reasons))
     print(f"Written to {target}: report.md, report.json, figures")
