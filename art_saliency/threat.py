@@ -54,6 +54,10 @@ class ThreatModel:
         remedy = "for images of 0 to 255 write eps=8 / 255" if self.norm == "Linf" else ""
         _checks.real("eps", self.eps, least=0, most=1 if self.norm == "Linf" else None, remedy=remedy)
 
+    def scaled(self, share: float) -> ThreatModel:
+        """:return: The same norm at `share` of the radius."""
+        return self if share == 1 else ThreatModel(self.norm, share * self.eps)
+
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         """
         Bring images back into the ball around `x` and into [0, 1].

@@ -223,6 +223,29 @@ def test_the_attack_is_the_papers(method: type[AdversarialObjective]) -> None:
     assert float((found - x).abs().max()) > EPS / 2  # and it went somewhere
 
 
+@pytest.mark.parametrize("method", ADVERSARIAL)
+@pytest.mark.parametrize("eps_step", [None, 0.02])
+def test_a_radius_that_warms_up_is_that_share_of_the_radius_and_of_the_step(method, eps_step) -> None:
+    model, batch = ready()
+
+    def found(progress: float, share: float = 1.0, **parameters: float) -> Tensor:
+        step = None if eps_step is None else share * eps_step
+        objective = method(eps=share * EPS, eps_step=step, **parameters)
+        return objective.adversarial(model, Batch(batch.x, batch.y, progress=progress, random=RandomSource(5)))
+
+    assert torch.equal(found(0.2, eps_warmup_share=0.4), found(0.9, share=0.5))
+    assert torch.equal(found(0.0, eps_warmup_share=0.4), batch.x)
+    for over in (0.4, 0.7, 1.0):
+        assert torch.equal(found(over, eps_warmup_share=0.4), found(0.0))
+
+
+def test_a_users_attack_is_held_to_the_radius_in_force() -> None:
+    model, batch = ready()
+    objective = PGDAT(eps=EPS, eps_warmup_share=0.4, attack=lambda net, x, y: 1 - x)
+    x_adv = objective.adversarial(model, Batch(batch.x, batch.y, progress=0.1))
+    assert float((x_adv - batch.x).abs().max()) == pytest.approx(EPS / 4, abs=1e-6)
+
+
 @quick
 @given(st.data())
 def test_a_users_attack_is_projected_into_the_threat_model(data: st.DataObject) -> None:
@@ -351,6 +374,7 @@ def test_a_configuration_survives_json(method: type[Objective]) -> None:
         (PGDAT, {"eps": 0.1, "label_smoothing": 1}, "label_smoothing: got 1"),
         (PGDAT, {"eps": 0.1, "attack": "pgd"}, "attack: got 'pgd'"),
         (PGDAT, {"eps": 0.1, "random_start": 1}, "random_start: got 1"),
+        (MART, {"eps": 0.1, "eps_warmup_share": 1.5}, "eps_warmup_share: got 1.5"),
         (TRADES, {"eps": 0.1, "beta": -1}, "beta: got -1"),
         (MART, {"eps": 0.1, "lam": -1}, "lam: got -1"),
         (ALP, {"eps": 0.1, "clean_weight": 2}, "clean_weight: got 2"),

@@ -272,25 +272,18 @@ class AdvGSCT(Objective):
         :param radius: The share of eps that is allowed yet, 0 to 1.
         :return: x~ (N, C, H, W) in the ball, and the mask (N, 1, H, W) of the pixels held essential; both detached.
         """
-        g, threat = g.detach(), self._within(radius)
+        g, threat = g.detach(), self.threat.scaled(radius)
         mask = top_share_mask(importance(g), 1 - self.rho, random)
         alpha = radius * (self.eps if self.eps_step is None else self.eps_step)
         given = Ingredients(x, x0, threat.ascent_direction(g), mask, self._baseline(x), alpha, threat, random)
         return threat.project(self._construct(given), x).detach(), mask
-
-    def radius(self, progress: float) -> float:
-        """:return: The share of eps in force: it rises linearly over ``eps_warmup_share`` of the run."""
-        return warmup(progress, self.eps_warmup_share)
-
-    def _within(self, radius: float) -> ThreatModel:
-        return self.threat if radius == 1 else ThreatModel(self.norm, radius * self.eps)
 
     def forward(self, model: nn.Module, batch: Batch) -> LossTerms:
         """See :class:`Objective`. Terms: ce, consensus, l2_consensus, prediction_consensus, linearity."""
         x, y, weight = batch.x, batch.y, warmup(batch.progress, self.warmup_share)
         need_g = self.consensus > 0 or self.l2_consensus > 0 or self.linearity > 0
         radius = self.radius(batch.progress)
-        x0 = self._start(x, self._within(radius), batch.random).detach().requires_grad_(True)
+        x0 = self._start(x, self.threat.scaled(radius), batch.random).detach().requires_grad_(True)
         with batch_statistics_kept(model):
             clean_loss = cross_entropy(model(x), y).mean() if self.label_on == "both" else None
             logits0 = model(x0)

@@ -90,6 +90,7 @@ class Objective(nn.Module):
     :cvar single_step: Whether the inner maximisation takes one step, so that catastrophic overfitting is to be watched for.
     :cvar double_backward: Whether the loss holds input gradients; such terms are formed in float32 only.
     :cvar needs_target_model: Whether ``batch.target_model`` must be there.
+    :cvar eps_warmup_share: The share of the run over which the radius of training rises from 0.
     """
 
     name: ClassVar[str]
@@ -98,6 +99,7 @@ class Objective(nn.Module):
     single_step: ClassVar[bool] = False
     double_backward: ClassVar[bool] = False
     needs_target_model: bool = False
+    eps_warmup_share: float = 0.0
 
     @property
     def needs_maps(self) -> bool:
@@ -124,8 +126,8 @@ class Objective(nn.Module):
         return {name: _plain(getattr(self, name)) for name in self.parameter_names()}
 
     def radius(self, progress: float) -> float:
-        """:return: The share of eps that is in force after `progress` (0 to 1) of the run; 1 unless the radius warms up."""
-        return 1.0
+        """:return: The share of eps in force after `progress` (0 to 1) of the run: it rises linearly over ``eps_warmup_share``."""
+        return warmup(progress, self.eps_warmup_share)
 
     def epoch_warnings(self, record: Mapping[str, Any]) -> list[str]:
         """

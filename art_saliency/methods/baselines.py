@@ -202,6 +202,8 @@ class AdversarialObjective(Objective):
     :param random_start: Whether the attack starts at a random point of the ball.
     :param attack: (model, x, y) -> x_adv in place of PGD; the result is projected into the threat model. A callable, so it
         does not serialise.
+    :param eps_warmup_share: The share of the run over which the radius, and the steps with it, rise from 0; 0 is the full radius
+        from the first step on, as published. On MNIST a network may never start without.
     """
 
     def __init__(
@@ -213,6 +215,7 @@ class AdversarialObjective(Objective):
         max_iter: int = 10,
         random_start: bool = True,
         attack: Attack | None = None,
+        eps_warmup_share: float = 0.0,
     ) -> None:
         super().__init__()
         self.threat = ThreatModel(norm, eps)
@@ -223,6 +226,7 @@ class AdversarialObjective(Objective):
         if attack is not None and not callable(attack):
             raise _checks.refuse("attack", repr(attack), "a callable (model, x, y) -> x_adv, or None for PGD")
         self.attack = attack
+        self.eps_warmup_share = _checks.real("eps_warmup_share", eps_warmup_share, least=0, most=1)
 
     def adversarial(self, model: nn.Module, batch: Batch) -> Tensor:
         """
@@ -238,29 +242,38 @@ class AdversarialObjective(Objective):
             if batch.random is not None:
                 batch.random.load_state_dict({"generator": batch.kept["generator"]})
             return batch.kept["x_adv"]
-        x = batch.x.detach()
+        x, share = batch.x.detach(), self.radius(batch.progress)
+        threat = self.threat.scaled(share)
         with evaluating(model), frozen(model):
-            x_adv = self.maximise(model, batch) if self.attack is None else self.attack(model, x, batch.y)
+            if self.attack is None:
+                x_adv = self.maximise(model, batch, threat, None if self.eps_step is None else share * self.eps_step)
+            else:
+                x_adv = self.attack(model, x, batch.y)
         if x_adv.shape != x.shape:
             raise _checks.refuse("attack", f"images of shape {tuple(x_adv.shape)}", f"the batch's {tuple(x.shape)}")
         x_adv = x_adv.detach().to(x)
         # An attack is not to be trusted: what it returns may be outside the ball, and a NaN would end the training.
-        x_adv = self.threat.project(torch.where(torch.isfinite(x_adv), x_adv, x), x)
+        x_adv = threat.project(torch.where(torch.isfinite(x_adv), x_adv, x), x)
         if batch.kept is not None:
             batch.kept.update(
                 {"x_adv": x_adv} if batch.random is None else {"x_adv": x_adv, **batch.random.state_dict()}
             )
         return x_adv
 
-    def maximise(self, model: nn.Module, batch: Batch) -> Tensor:
-        """:return: (N, C, H, W), the adversarial images of the method's own attack: PGD on the cross-entropy."""
+    def maximise(self, model: nn.Module, batch: Batch, threat: ThreatModel, eps_step: float | None) -> Tensor:
+        """
+        The method's own attack: PGD on the cross-entropy.
+
+        :param threat: With the radius in force. :param eps_step: Likewise; ``None`` is the attack's default.
+        :return: (N, C, H, W), the adversarial images.
+        """
         return pgd(
             model,
             batch.x,
             batch.y,
-            threat=self.threat,
+            threat=threat,
             max_iter=self.max_iter,
-            eps_step=self.eps_step,
+            eps_step=eps_step,
             random_start=self.random_start,
             random=batch.random,
         )
@@ -285,10 +298,17 @@ class PGDAT(AdversarialObjective):
         max_iter: int = 10,
         random_start: bool = True,
         attack: Attack | None = None,
+        eps_warmup_share: float = 0.0,
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(
-            eps=eps, norm=norm, eps_step=eps_step, max_iter=max_iter, random_start=random_start, attack=attack
+            eps=eps,
+            norm=norm,
+            eps_step=eps_step,
+            max_iter=max_iter,
+            random_start=random_start,
+            attack=attack,
+            eps_warmup_share=eps_warmup_share,
         )
         self.label_smoothing = _checks.real("label_smoothing", label_smoothing, least=0, below=1)
 
@@ -320,6 +340,7 @@ class FGSMRS(PGDAT):
         eps_step: float | None = None,
         random_start: bool = True,
         attack: Attack | None = None,
+        eps_warmup_share: float = 0.0,
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(
@@ -329,19 +350,19 @@ class FGSMRS(PGDAT):
             max_iter=1,
             random_start=random_start,
             attack=attack,
+            eps_warmup_share=eps_warmup_share,
             label_smoothing=label_smoothing,
         )
 
-    def maximise(self, model: nn.Module, batch: Batch) -> Tensor:
+    def maximise(self, model: nn.Module, batch: Batch, threat: ThreatModel, eps_step: float | None) -> Tensor:
         """:return: (N, C, H, W), the images of one step of 1.25 * eps (or `eps_step`) from a random start."""
-        step = 1.25 * self.eps if self.eps_step is None else self.eps_step
         return pgd(
             model,
             batch.x,
             batch.y,
-            threat=self.threat,
+            threat=threat,
             max_iter=1,
-            eps_step=step,
+            eps_step=1.25 * threat.eps if eps_step is None else eps_step,
             random_start=self.random_start,
             random=batch.random,
         )
@@ -370,14 +391,22 @@ class TRADES(AdversarialObjective):
         eps_step: float | None = None,
         max_iter: int = 10,
         attack: Attack | None = None,
+        eps_warmup_share: float = 0.0,
         beta: float = 6.0,
         label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__(eps=eps, norm=norm, eps_step=eps_step, max_iter=max_iter, attack=attack)
+        super().__init__(
+            eps=eps,
+            norm=norm,
+            eps_step=eps_step,
+            max_iter=max_iter,
+            attack=attack,
+            eps_warmup_share=eps_warmup_share,
+        )
         self.beta = _checks.real("beta", beta, least=0)
         self.label_smoothing = _checks.real("label_smoothing", label_smoothing, least=0, below=1)
 
-    def maximise(self, model: nn.Module, batch: Batch) -> Tensor:
+    def maximise(self, model: nn.Module, batch: Batch, threat: ThreatModel, eps_step: float | None) -> Tensor:
         """:return: (N, C, H, W), the images of PGD on KL(p(x) || p(x~)), p(x) held fixed."""
         with torch.no_grad():
             clean_logits = model(batch.x)
@@ -385,9 +414,9 @@ class TRADES(AdversarialObjective):
             model,
             batch.x,
             batch.y,
-            threat=self.threat,
+            threat=threat,
             max_iter=self.max_iter,
-            eps_step=self.eps_step,
+            eps_step=eps_step,
             loss=lambda adv_logits, _: kl_divergence(clean_logits, adv_logits),
             start=batch.x + _TRADES_START * normal(batch.x, batch.random),
         )
@@ -426,10 +455,17 @@ class MART(AdversarialObjective):
         max_iter: int = 10,
         random_start: bool = True,
         attack: Attack | None = None,
+        eps_warmup_share: float = 0.0,
         lam: float = 5.0,
     ) -> None:
         super().__init__(
-            eps=eps, norm=norm, eps_step=eps_step, max_iter=max_iter, random_start=random_start, attack=attack
+            eps=eps,
+            norm=norm,
+            eps_step=eps_step,
+            max_iter=max_iter,
+            random_start=random_start,
+            attack=attack,
+            eps_warmup_share=eps_warmup_share,
         )
         self.lam = _checks.real("lam", lam, least=0)
 
@@ -469,12 +505,19 @@ class ALP(AdversarialObjective):
         max_iter: int = 10,
         random_start: bool = True,
         attack: Attack | None = None,
+        eps_warmup_share: float = 0.0,
         lam: float = 0.5,
         clean_weight: float = 0.5,
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__(
-            eps=eps, norm=norm, eps_step=eps_step, max_iter=max_iter, random_start=random_start, attack=attack
+            eps=eps,
+            norm=norm,
+            eps_step=eps_step,
+            max_iter=max_iter,
+            random_start=random_start,
+            attack=attack,
+            eps_warmup_share=eps_warmup_share,
         )
         self.lam = _checks.real("lam", lam, least=0)
         self.clean_weight = _checks.real("clean_weight", clean_weight, least=0, most=1)
