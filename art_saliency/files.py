@@ -1,4 +1,4 @@
-"""Files that are whole or not there: tensors only, written aside and moved into place, with a hash that is checked."""
+"""Files and folders that are whole or not there: written aside and moved into place; of tensors only, with a hash that is checked."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import contextlib
 import hashlib
 import os
 import secrets
+import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from art_saliency import _checks
 from art_saliency.errors import CheckpointError
 
-__all__ = ["read_tensors", "sha256_of_file", "sha256_of_tensors", "write_file", "write_tensors"]
+__all__ = ["appearing", "read_tensors", "sha256_of_file", "sha256_of_tensors", "write_file", "write_tensors"]
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -44,6 +46,54 @@ def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     finally:
         with contextlib.suppress(OSError):  # a folder that does not exist, or is a file
             aside.unlink()
+
+
+@contextlib.contextmanager
+def appearing(folder: Path, *, force: bool) -> Iterator[Path]:
+    """
+    Let a folder appear as a whole, or not at all: it is written beside its place and moved there when all has gone well.
+
+    An old folder stands until the new one takes its place, and comes back when that fails.
+
+    :param folder: Its place; folders above it are made. :param force: Whether a folder that is there may be replaced.
+    :return: The folder to write into.
+    :raises InputError: When the place is taken; by anything but a folder, whatever `force` says.
+    :raises CheckpointError: When it cannot be written there.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise _checks.refuse("folder", f"{folder}, which is no folder", "a new folder")
+    if folder.exists() and not force:
+        raise _checks.refuse("folder", f"{folder}, which is there already", "a new folder", "add --force")
+    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
+    try:
+        with _place_writable(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            aside.mkdir()  # not tempfile's: that would leave a folder only its owner can read
+        yield aside
+        with _place_writable(folder):
+            _take_place(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _place_writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{folder}: could not be written ({error.strerror}); choose another place") from error
+
+
+def _take_place(aside: Path, folder: Path) -> None:
+    old = aside.with_name(f"{aside.name}.old")
+    try:
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(aside, folder)
+    finally:
+        if old.exists() and not folder.exists():
+            os.rename(old, folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from art_saliency.attacks import pgd
 from art_saliency.data import load_data, to_unit
 from art_saliency.errors import InputError
 from art_saliency.evaluation import audit as module
+from art_saliency.evaluation._audit_laboratory import Laboratory
 from art_saliency.evaluation.audit import VERDICTS, AuditBudget, audit, collect_variants
 from art_saliency.evaluation.autoattack import autoattack
 from art_saliency.evaluation.paired import paired_difference
@@ -23,6 +24,7 @@ from art_saliency.networks import build_network
 from art_saliency.threat import ThreatModel
 from art_saliency.trainers.methods import TRAINERS
 from art_saliency.trainers.runs import make_classifier
+from tests.helpers import plainly_trained
 
 BUDGET = AuditBudget(max_iter=20, restarts=2, long=4, noise_draws=8, square_queries=300)
 NOISY_BUDGET = AuditBudget(max_iter=10, noise_draws=2, square_queries=20, repeats=6, eot=4)
@@ -111,16 +113,7 @@ def noisy(x):
 
 def trained_with_noise():
     """A standard network that has learnt to see through noise, and is given fresh noise in every pass."""
-    digits = load_data("digits")
-    x, y = to_unit(digits.x_train).float(), digits.y_train
-    torch.manual_seed(0)
-    model = build_network("small-cnn", num_classes=10, input_shape=digits.input_shape, width=12)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(15):
-        for rows in torch.randperm(len(x)).split(128):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(noisy(x[rows])), y[rows]).backward()
-            optimizer.step()
+    model, _ = plainly_trained(width=12, epochs=15, lr=0.01, change=noisy)
     return Before(model, noisy)
 
 
@@ -288,6 +281,31 @@ def test_the_published_attacks_of_this_packages_methods_run(data):
         assert float((x_adv - x).abs().max()) <= 0.1 + 1e-6, name
         assert not torch.equal(x_adv, x), name
         assert torch.equal(model(x), before), name
+
+
+def test_an_attack_is_run_once_and_what_counts_is_kept(data):
+    model = build_network("small-cnn", num_classes=10, input_shape=(1, 8, 8), width=4).eval()
+    x = data[0][:6]
+    y = model(x).argmax(1)
+    y[0] = (y[0] + 1) % 10  # one image is wrong without an attack
+    quick = AuditBudget(max_iter=20, restarts=1, long=1, noise_draws=2, square_queries=5, repeats=2, eot=2)
+    lab = Laboratory(model, x, y, ThreatModel("Linf", 0.1), quick, batch_size=4, seed=0)
+    attacked = []
+
+    def attack(x, y):
+        attacked.append(len(x))
+        return x
+
+    kept = lab.scored("one", attack)
+    assert attacked == [4, 1]
+    assert kept.tolist() == [0, 1, 1, 1, 1, 1]
+    assert lab.scored("one", attack) is kept
+    lab.under("passing", attack)
+    assert attacked == [4, 1, 4, 1]
+    assert torch.equal(lab.record("claimed", torch.ones(6, dtype=torch.bool)), lab.clean)
+    assert list(lab.scores) == ["clean", "one", "claimed"]
+    report = audit(model, x, y, eps=0.1, budget=quick, progress=False)
+    assert {"PGD-20", "PGD-20, margin"} <= set(report.accuracies), "of as many steps, on another loss"
 
 
 def test_transfer_and_autoattack_join_the_evidence(data):

@@ -21,6 +21,7 @@ from art_saliency.evaluation.figures_maps import maps_panel
 from art_saliency.evaluation.saliency import etmann_alignment, named_maps, saliency_report
 from art_saliency.randomness import RandomSource
 from art_saliency.threat import ThreatModel
+from tests.helpers import spell, write_few_digits
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -29,15 +30,8 @@ PNG = b"\x89PNG\r\n\x1a\n"
 def place(tmp_path_factory):
     """A short run on a few digits; nothing else in the folder of the run but what training wrote."""
     folder = tmp_path_factory.mktemp("explain")
-    data = load_data("digits")
-    np.savez(
-        folder / "few.npz",
-        x_train=data.x_train[:200].numpy(),
-        y_train=data.y_train[:200].numpy(),
-        x_test=data.x_test[:30].numpy(),
-        y_test=data.y_test[:30].numpy(),
-    )
-    words = ["train", "fgsm-rs", "--data", str(folder / "few.npz"), "--eps", "0.1", "--epochs", "2", "--width", "4"]
+    few = write_few_digits(folder / "few.npz", 200, 30)
+    words = spell("train", "fgsm-rs", data=few, eps=0.1, epochs=2, width=4)
     assert main([*words, "--out", str(folder / "run"), "--device", "cpu", "--quiet"]) == 0
     return folder
 

@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from art_saliency.errors import CheckpointError
-from art_saliency.files import read_tensors, sha256_of_file, sha256_of_tensors, write_file, write_tensors
+from art_saliency import files
+from art_saliency.errors import CheckpointError, InputError
+from art_saliency.files import appearing, read_tensors, sha256_of_file, sha256_of_tensors, write_file, write_tensors
 
 TENSORS = {
     "layer.weight": torch.arange(600.0).reshape(20, 30),
@@ -182,6 +183,147 @@ def test_a_place_where_no_file_can_be_is_a_checkpoint_error(tmp_path, place):
     with pytest.raises(CheckpointError, match=f"{place}: could not be written .*choose another folder$"):
         write_tensors(tmp_path / place, TENSORS)
     assert listing(tmp_path) == ["a-file", "a-folder"]
+
+
+# ---- folders -------------------------------------------------------------------------------------------------------
+
+
+def put(folder, text, *, force=False):
+    """Let a folder appear that holds one text, two folders deep."""
+    with appearing(folder, force=force) as made:
+        (made / "deep").mkdir()
+        (made / "deep" / "file").write_text(text)
+
+
+def half(folder, error):
+    """Begin a folder and fail."""
+    with appearing(folder, force=True) as made:
+        (made / "half").write_text("new")
+        raise error("stop")
+
+
+def held(place):
+    """Every file below a place with its text, and every folder."""
+    return {
+        path.relative_to(place).as_posix(): path.read_text() if path.is_file() else None for path in place.rglob("*")
+    }
+
+
+def one(text):
+    return {"f": None, "f/deep": None, "f/deep/file": text}
+
+
+def test_a_folder_appears_when_it_is_whole_and_nothing_else_is_left(tmp_path):
+    with appearing(tmp_path / "a" / "b" / "f", force=False) as made:
+        (made / "file").write_text("x")
+        assert not (tmp_path / "a" / "b" / "f").exists()
+        assert made.parent == tmp_path / "a" / "b"  # on the same disk: a move copies nothing
+    assert held(tmp_path / "a" / "b") == {"f": None, "f/file": "x"}
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("error", [_Interrupted, KeyError, OSError])
+def test_an_interrupted_folder_leaves_what_was_there_and_the_error_as_it_is(tmp_path, error, there):
+    if there:
+        put(tmp_path / "f", "old")
+    with pytest.raises(error, match="stop"):
+        half(tmp_path / "f", error)
+    assert held(tmp_path) == (one("old") if there else {})
+
+
+@pytest.mark.parametrize("error", [_Interrupted, OSError])
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("move", [0, 1])
+def test_an_old_folder_stands_until_the_new_one_does_wherever_the_replacement_stops(
+    tmp_path, monkeypatch, error, after, move
+):
+    """A move that fails, or an interruption right after one: the old folder is there, or the new one, and alone."""
+    put(tmp_path / "f", "old")
+    rename, moves = os.rename, []
+
+    def failing(source, target):
+        assert held(tmp_path).items() >= one("old").items() or moves, "the old one stands until the moves begin"
+        moves.append(target)
+        if len(moves) - 1 != move:
+            return rename(source, target)
+        if after:
+            rename(source, target)
+        raise error(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "rename", failing)
+    with pytest.raises(CheckpointError if error is OSError else error, match=os.strerror(errno.ENOSPC)):
+        put(tmp_path / "f", "new", force=True)
+    assert held(tmp_path) == one("new" if (move, after) == (1, True) else "old")
+
+
+def test_an_old_folder_that_cannot_come_back_is_not_lost(tmp_path, monkeypatch):
+    put(tmp_path / "f", "old")
+    rename, moves = os.rename, []
+
+    def failing(source, target):
+        moves.append(target)
+        if len(moves) > 1:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        rename(source, target)
+
+    monkeypatch.setattr(files.os, "rename", failing)
+    with pytest.raises(CheckpointError, match=os.strerror(errno.EROFS)):
+        put(tmp_path / "f", "new", force=True)
+    (left,) = tmp_path.iterdir()
+    assert (left / "deep" / "file").read_text() == "old"
+
+
+def test_a_folder_is_replaced_with_force_alone_and_what_is_no_folder_never(tmp_path):
+    put(tmp_path / "f", "old")
+    with pytest.raises(InputError, match=r"f, which is there already, expected a new folder; add --force$"):
+        put(tmp_path / "f", "new")
+    put(tmp_path / "f", "new", force=True)
+    assert held(tmp_path) == one("new")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "f")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
+    before = held(tmp_path)
+    for name in ("file", "link", "nowhere"):
+        with pytest.raises(InputError, match=f"{name}, which is no folder"):
+            put(tmp_path / name, "new", force=True)
+    with pytest.raises(CheckpointError, match=r"could not be written .*choose another place$"):
+        put(tmp_path / "file" / "f", "new")
+    assert held(tmp_path) == before
+
+
+def test_what_an_interrupted_folder_left_stands_in_nobodys_way(tmp_path, monkeypatch):
+    """Killed, it leaves its half and perhaps the old folder beside the place, under names of its own."""
+    put(tmp_path / "f", "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(_Interrupted):
+            half(tmp_path / "f", _Interrupted)
+        put(tmp_path / "f", "second", force=True)
+    left = {path.name for path in tmp_path.iterdir()} - {"f"}
+    assert len(left) == 2
+    assert all(name.startswith(".f.") for name in left)
+    put(tmp_path / "f", "third", force=True)
+    assert (tmp_path / "f" / "deep" / "file").read_text() == "third"
+    assert {path.name for path in tmp_path.iterdir()} == {"f", *left}
+
+
+def test_two_folders_for_one_place_do_not_share_their_half(tmp_path):
+    with appearing(tmp_path / "f", force=True) as outer:
+        (outer / "outer").write_text("x")
+        put(tmp_path / "f", "inner")
+        assert held(tmp_path / "f") == {"deep": None, "deep/file": "inner"}
+    assert held(tmp_path) == {"f": None, "f/outer": "x"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permission bits")
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_a_folder_has_the_permissions_that_any_new_one_gets(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        put(tmp_path / "f", "x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o777 & ~umask
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------

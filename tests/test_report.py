@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from importlib.resources import files
 
@@ -11,14 +13,14 @@ import torch
 from PIL import Image
 
 from art_saliency.cli import main
-from art_saliency.data import load_data, to_unit
-from art_saliency.errors import InputError
+from art_saliency.errors import CheckpointError, InputError
 from art_saliency.evaluation import report as module
 from art_saliency.evaluation.audit import AuditBudget
 from art_saliency.evaluation.figures_report import loss_surface
 from art_saliency.evaluation.report import STEPS, full_report
 from art_saliency.networks import build_network
 from art_saliency.threat import ThreatModel
+from tests.helpers import plainly_trained, spell
 
 QUICK = AuditBudget(max_iter=4, restarts=1, long=1, noise_draws=2, square_queries=10)
 
@@ -26,16 +28,7 @@ QUICK = AuditBudget(max_iter=4, restarts=1, long=1, noise_draws=2, square_querie
 @pytest.fixture(scope="module")
 def network():
     """A standard network on digits: a few steps, so that some images stand and some fall."""
-    data = load_data("digits")
-    x, y = to_unit(data.x_train).float(), data.y_train
-    torch.manual_seed(0)
-    model = build_network("small-cnn", num_classes=10, input_shape=data.input_shape, width=6)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(6):
-        for rows in torch.randperm(len(x)).split(128):
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
-            optimizer.step()
+    model, data = plainly_trained(width=6, epochs=6, lr=0.02)
     return model, data.x_test[:30], data.y_test[:30]
 
 
@@ -119,6 +112,24 @@ def test_a_report_that_cannot_be_finished_leaves_the_old_one(report, tmp_path, m
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
 
 
+def test_a_report_that_cannot_take_its_place_leaves_the_old_one(report, tmp_path, monkeypatch):
+    folder = report.write(tmp_path / "report")
+    before = {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    rename, moves = os.rename, []
+
+    def failing(source, target):
+        moves.append(target)
+        if len(moves) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(CheckpointError, match=os.strerror(errno.ENOSPC)):
+        report.write(folder, force=True)
+    assert {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
 def test_a_loss_surface_is_the_margin_at_its_places():
     """Of a linear network, by hand: it rises along the gradient's sign by the sum of its weights, and is flat across classes."""
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
@@ -140,38 +151,14 @@ def test_a_loss_surface_is_the_margin_at_its_places():
 def runs(tmp_path_factory):
     place = tmp_path_factory.mktemp("runs")
     for method in ("standard", "fgsm-rs"):
-        words = [
-            "train",
-            method,
-            "--data",
-            "digits",
-            "--eps",
-            "0.1",
-            "--epochs",
-            "2",
-            "--width",
-            "6",
-            "--device",
-            "cpu",
-        ]
+        words = spell("train", method, data="digits", eps=0.1, epochs=2, width=6, device="cpu")
         assert main([*words, "--quiet", "--out", str(place / method)]) == 0
     return place
 
 
 def test_evaluate_full_writes_a_report_with_three_surrogates(runs, capsys, monkeypatch):
     monkeypatch.setattr("art_saliency.evaluation.audit.AuditBudget", lambda: QUICK)
-    words = [
-        "evaluate",
-        str(runs / "fgsm-rs"),
-        "--full",
-        "--images",
-        "16",
-        "--audit-images",
-        "12",
-        "--device",
-        "cpu",
-        "--quiet",
-    ]
+    words = spell("evaluate", runs / "fgsm-rs", full=True, images=16, audit_images=12, device="cpu", quiet=True)
     assert main(words) == 0
     out, err = capsys.readouterr()
     assert "Audit: " in out

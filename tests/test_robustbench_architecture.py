@@ -373,6 +373,16 @@ class Net(nn.Module):
 }
 
 
+def written_logits(model, source):
+    """What the one architecture that is written for a network answers, with the network's weights in it."""
+    found = deployable(model)
+    (one,) = architectures_of(found.network, "Doe2026Saliency", source=source)
+    network = rebuilt(one.code)
+    network.load_state_dict(found.weights, strict=True)
+    with torch.no_grad():
+        return network.eval()(X)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("preprocessing", [None, (0.5, 0.25)])
 def test_networks_with_tokens_or_buffers_called_alike_are_written_down_too(tmp_path, name, preprocessing):
@@ -382,12 +392,7 @@ def test_networks_with_tokens_or_buffers_called_alike_are_written_down_too(tmp_p
     torch.manual_seed(0)
     model = with_fsr(names["Net"](), "mix")
     wrapped = classifier(model, preprocessing=preprocessing or (0.0, 1.0))
-    found = deployable(wrapped)
-    (one,) = architectures_of(found.network, "Doe2026Saliency", source=UserSource(tmp_path / "net.py", "Net"))
-    network = rebuilt(one.code)
-    network.load_state_dict(found.weights, strict=True)
-    with torch.no_grad():
-        assert torch.equal(network.eval()(X), own_logits(wrapped, X))
+    assert torch.equal(written_logits(wrapped, UserSource(tmp_path / "net.py", "Net")), own_logits(wrapped, X))
 
 
 def test_a_network_that_build_network_normalised_needs_no_code_for_it(tmp_path):
@@ -398,12 +403,7 @@ def test_a_network_that_build_network_normalised_needs_no_code_for_it(tmp_path):
     model = build_network(
         "timm:resnet10t", num_classes=10, input_shape=SHAPE, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4)
     )
-    found = deployable(model)
-    (one,) = architectures_of(found.network, "Doe2026Saliency", source=UserSource(tmp_path / "net.py", "make"))
-    network = rebuilt(one.code)
-    network.load_state_dict(found.weights, strict=True)
-    with torch.no_grad():
-        assert torch.equal(network.eval()(X), own_logits(model, X))
+    assert torch.equal(written_logits(model, UserSource(tmp_path / "net.py", "make")), own_logits(model, X))
 
 
 def test_without_a_source_it_is_refused_with_the_cure(users):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 
@@ -14,8 +15,7 @@ import torch
 from art_saliency import autoattack, build_network
 from art_saliency.errors import CheckpointError, InputError
 from art_saliency.files import sha256_of_tensors
-from art_saliency.robustbench import bundle
-from art_saliency.robustbench.bundle import SUMS, appearing, sum_problems, write_text
+from art_saliency.robustbench.bundle import SUMS, sealed, sum_problems, write_text
 from art_saliency.robustbench.deployable import deployable
 from art_saliency.robustbench.evidence import autoattack_log, gather, spread
 from art_saliency.robustbench.model_info import board, eps_text, known_fields, percent_text, problems, unfilled
@@ -277,7 +277,7 @@ def everything(folder):
 
 
 def test_a_bundle_appears_with_sums_that_the_usual_tool_reads(tmp_path):
-    with appearing(tmp_path / "b", force=False) as folder:
+    with sealed(tmp_path / "b", force=False) as folder:
         fill(folder)
         assert not (tmp_path / "b").exists()
     assert everything(tmp_path) == {"b", "b/SHA256SUMS", "b/bundle.json", "b/a", "b/a/file.txt"}
@@ -292,12 +292,12 @@ def test_a_bundle_appears_with_sums_that_the_usual_tool_reads(tmp_path):
 @pytest.mark.parametrize("there", [False, True])
 def test_an_interruption_leaves_nothing_or_the_old_one(tmp_path, error, there):
     if there:
-        with appearing(tmp_path / "b", force=False) as folder:
+        with sealed(tmp_path / "b", force=False) as folder:
             fill(folder, "old")
     before = everything(tmp_path)
 
     def interrupted():
-        with appearing(tmp_path / "b", force=True) as folder:
+        with sealed(tmp_path / "b", force=True) as folder:
             fill(folder, "new")
             raise error
 
@@ -309,9 +309,9 @@ def test_an_interruption_leaves_nothing_or_the_old_one(tmp_path, error, there):
 
 
 def test_an_interruption_between_the_two_moves_brings_the_old_one_back(tmp_path, monkeypatch):
-    with appearing(tmp_path / "b", force=False) as folder:
+    with sealed(tmp_path / "b", force=False) as folder:
         fill(folder, "old")
-    rename, calls = bundle.os.rename, []
+    rename, calls = os.rename, []
 
     def interrupted(a, b):
         calls.append(b)
@@ -320,9 +320,9 @@ def test_an_interruption_between_the_two_moves_brings_the_old_one_back(tmp_path,
         rename(a, b)
 
     def replace():
-        with appearing(tmp_path / "b", force=True) as folder:
+        with sealed(tmp_path / "b", force=True) as folder:
             fill(folder, "new")
-            monkeypatch.setattr(bundle.os, "rename", interrupted)
+            monkeypatch.setattr(os, "rename", interrupted)
 
     with pytest.raises(KeyboardInterrupt):
         replace()
@@ -331,11 +331,11 @@ def test_an_interruption_between_the_two_moves_brings_the_old_one_back(tmp_path,
 
 
 def test_nothing_is_overwritten_without_force_and_nothing_else_than_a_bundle_ever(tmp_path):
-    with appearing(tmp_path / "b", force=False) as folder:
+    with sealed(tmp_path / "b", force=False) as folder:
         fill(folder, "old")
-    with pytest.raises(InputError, match="add --force"), appearing(tmp_path / "b", force=False):
+    with pytest.raises(InputError, match="add --force"), sealed(tmp_path / "b", force=False):
         pass
-    with appearing(tmp_path / "b", force=True) as folder:
+    with sealed(tmp_path / "b", force=True) as folder:
         fill(folder, "new")
     assert (tmp_path / "b" / "a" / "file.txt").read_text() == "new"
     (tmp_path / "mine").mkdir()
@@ -343,14 +343,14 @@ def test_nothing_is_overwritten_without_force_and_nothing_else_than_a_bundle_eve
     (tmp_path / "file").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "b")
     for name in ("mine", "file", "link"):
-        with pytest.raises(InputError), appearing(tmp_path / name, force=True):
+        with pytest.raises(InputError), sealed(tmp_path / name, force=True):
             pass
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years"
     (tmp_path / "empty").mkdir()
-    with appearing(tmp_path / "empty", force=False) as folder:
+    with sealed(tmp_path / "empty", force=False) as folder:
         fill(folder)
     assert sum_problems(tmp_path / "empty") == []
-    with pytest.raises(CheckpointError, match="could not be written"), appearing(tmp_path / "file" / "b", force=False):
+    with pytest.raises(CheckpointError, match="could not be written"), sealed(tmp_path / "file" / "b", force=False):
         pass
 
 
@@ -371,7 +371,7 @@ def test_nothing_is_overwritten_without_force_and_nothing_else_than_a_bundle_eve
     ],
 )
 def test_every_change_of_a_bundle_is_seen(tmp_path, harm, says):
-    with appearing(tmp_path / "b", force=False) as folder:
+    with sealed(tmp_path / "b", force=False) as folder:
         fill(folder)
     harm(tmp_path / "b")
     found = sum_problems(tmp_path / "b")

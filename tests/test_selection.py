@@ -23,6 +23,7 @@ from art_saliency.training.averaging import StochasticWeightAverage
 from art_saliency.training.batches import ResidentBatches
 from art_saliency.training.engine import Engine
 from art_saliency.training.selection import LabelSmoothing, Selection, smoothed_labels
+from tests.helpers import spell
 from tests.method_settings import classifier, small_network
 
 CPU = torch.device("cpu")
@@ -242,20 +243,7 @@ def test_streams_need_validation_data_and_labels_are_not_smoothed_twice(digits):
 
 
 def test_the_command_line_keeps_both_and_says_which_is_which(tmp_path, capsys):
-    words = [
-        "train",
-        "pgd-at",
-        "--data",
-        "digits",
-        "--eps",
-        "0.1",
-        "--set",
-        "max_iter=1",
-        "--width",
-        "4",
-        "--epochs",
-        "4",
-    ]
+    words = spell("train", "pgd-at", data="digits", eps=0.1, set="max_iter=1", width=4, epochs=4)
     extra = ["--ema", "0.9", "--awp", "0.005", "--selection", "best", "--patience", "2", "--label-smoothing", "0.1"]
     folder = tmp_path / "run"
     assert main([*words, *extra, "--out", str(folder), "--device", "cpu", "--quiet"]) == 0

@@ -270,10 +270,13 @@ def test_catastrophic_overfitting_is_seen_and_said():
         Run.model[1].bias.copy_(torch.tensor([-1.0, 1.0]))
     Run.batch, Run.logits = Batch(x, y), torch.tensor([[1.0, 0.0]]).repeat(8, 1)
     record: dict[str, float] = {}
-    watch = OverfittingWatch(ThreatModel("Linf", 0.4))
+    watch, logits = OverfittingWatch(ThreatModel("Linf", 0.4)), []
+    hook = Run.model.register_forward_hook(lambda model, images, output: logits.append(output))
     with pytest.warns(UserWarning, match="catastrophic overfitting"):
         watch.after_epoch(Run, record)
+    hook.remove()
     assert record["train_pgd_accuracy"] == 0
+    assert not logits[-1].requires_grad, "only the attack needs a graph"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         watch.after_epoch(Run, record)

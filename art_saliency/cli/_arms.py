@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor, nn
 
     from art_saliency.data import DataSet
+    from art_saliency.evaluation.summary import Summary
     from art_saliency.threat import ThreatModel
+    from art_saliency.trainers.base import ObjectiveTrainer
+    from art_saliency.trainers.surrogates import Recipe
 
-__all__ = ["Arm", "Budget", "finish", "keep", "parse_arm", "run_arm"]
+__all__ = ["Arm", "Budget", "Trained", "cost_of", "finish", "keep", "parse_arm", "run_arm", "train_arm"]
 
 _PICTURES = 8
+_OPTIONS = ("ema", "swa_from", "awp", "label_smoothing", "grad_clip", "precision")
 
 
 @dataclass(frozen=True)
@@ -39,22 +44,37 @@ class Budget:
     seed: int
     device: torch.device
     quiet: bool
+    augment: str | None = None
 
 
 @dataclass(frozen=True)
 class Arm:
     """
-    One arm of a comparison: ``METHOD``, or ``fsr+BASE`` for FSR on top of one, then ``:NAME=VALUE`` for each parameter that differs
-    from the method's default, and ``@ACTIVATION`` for another activation.
+    One arm of a comparison: ``METHOD``, or ``fsr+BASE`` for FSR on top of one, then ``:NAME=VALUE`` for each parameter of the method
+    or option of the run (``ema``, ``awp``, ...) that differs from its default, and ``@ACTIVATION`` for another activation.
 
     :ivar name: As it was written. :ivar method: Without the activation. :ivar trainer: The trainer's name.
-    :ivar parameters: Of the trainer. :ivar network: What differs from the common network.
+    :ivar parameters: Of the trainer. :ivar network: What differs from the common network. :ivar options: Of the run.
     """
 
     name: str
     method: str
     trainer: str
     parameters: dict[str, Any]
+    network: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """
+    What training an arm left.
+
+    :ivar trainer: With its history and its classifier. :ivar recipe: How it was trained. :ivar network: Arguments of ``build_network``.
+    """
+
+    trainer: ObjectiveTrainer
+    recipe: Recipe
     network: dict[str, Any]
 
 
@@ -64,50 +84,52 @@ def parse_arm(text: str) -> Arm:
     from art_saliency.architectures import ACTIVATIONS
     from art_saliency.cli._common import read_settings
     from art_saliency.methods import OBJECTIVES
+    from art_saliency.trainers.base import RunOptions
     from art_saliency.trainers.methods import TRAINERS
 
     rest, at, activation = text.partition("@")
     method, *pairs = rest.split(":")
+    settings = read_settings("--arms", pairs)
     network = {"activation": _checks.one_of("activation", activation, ACTIVATIONS)} if at else {}
     layer, plus, base = method.partition("+")
-    if plus:
-        parameters = {"base": _checks.one_of("base", base, OBJECTIVES), **read_settings("--arms", pairs)}
-        arm = Arm(text, method, _checks.one_of("arm", layer, ["fsr"]), parameters, network)
-    else:
-        arm = Arm(text, method, _checks.one_of("arm", method, TRAINERS), read_settings("--arms", pairs), network)
-    TRAINERS[arm.trainer].check_parameters({"eps": 0.1, **arm.parameters})
-    return arm
+    trainer = _checks.one_of("arm", layer, ["fsr"]) if plus else _checks.one_of("arm", method, TRAINERS)
+    fixed = {"base": _checks.one_of("base", base, OBJECTIVES)} if plus else {}
+    own = {*TRAINERS[trainer].parameter_names(), *(OBJECTIVES[base].parameter_names() if plus else ())}
+    options = {name: value for name, value in settings.items() if name in _OPTIONS and name not in own}
+    parameters = {**fixed, **{name: value for name, value in settings.items() if name not in options}}
+    TRAINERS[trainer].check_parameters({"eps": 0.1, **parameters})
+    RunOptions.checked("--arms", dict(options))
+    return Arm(text, method, trainer, parameters, network, options)
 
 
-def run_arm(arm: Arm, budget: Budget, out: Path) -> dict[str, Any]:
+def train_arm(arm: Arm, budget: Budget, *, prepare: Callable[[nn.Module, Tensor], object] | None = None) -> Trained:
     """
-    Train one network and learn how robust it is. Writes ``out/ARM``: weights, the run's page, a figure.
+    Train one network.
 
-    :return: Its figures, JSON-able.
+    :param prepare: (network, images (2, C, H, W) in [0, 1]): changes the fresh network before there is an optimizer, as a control does.
+    :return: Trainer and recipe.
     """
     import torch
 
-    from art_saliency.attacks import pgd
+    from art_saliency.augmentation import augmentation_by_name
     from art_saliency.data import to_unit
-    from art_saliency.evaluation.figures import saliency_panel
-    from art_saliency.evaluation.summary import summarise
-    from art_saliency.methods.base import Batch
     from art_saliency.networks import build_network
     from art_saliency.trainers.methods import TRAINERS
-    from art_saliency.trainers.runs import make_classifier, save
+    from art_saliency.trainers.runs import make_classifier
     from art_saliency.trainers.surrogates import Recipe, describe_optimizer
-    from art_saliency.training.cost import forward_backward_passes
 
-    data, device, threat = budget.data, budget.device, budget.threat
+    data, threat = budget.data, budget.threat
     network = {**budget.network, **arm.network}
     torch.manual_seed(budget.seed)
     model = build_network(**network)
+    if prepare is not None:
+        prepare(model, to_unit(data.x_train[:2]))
     classifier = make_classifier(
         model,
         input_shape=data.input_shape,
         num_classes=data.num_classes,
         optimizer=torch.optim.Adam(model.parameters(), lr=budget.lr),
-        device=device,
+        device=budget.device,
     )
     given = {**TRAINERS[arm.trainer].defaults_for(model), **arm.parameters, "eps": threat.eps, "norm": threat.norm}
     recipe = Recipe(
@@ -116,6 +138,8 @@ def run_arm(arm: Arm, budget: Budget, out: Path) -> dict[str, Any]:
         epochs=budget.epochs,
         batch_size=budget.batch_size,
         seed=budget.seed,
+        augment=budget.augment,
+        **arm.options,
     )
     trainer = TRAINERS[arm.trainer](classifier, **given)
     trainer.fit(
@@ -125,39 +149,74 @@ def run_arm(arm: Arm, budget: Budget, out: Path) -> dict[str, Any]:
         nb_epochs=budget.epochs,
         scheduler=recipe.scheduler,
         seed=budget.seed,
+        augment=None if budget.augment is None else augmentation_by_name(budget.augment),
         verbose=not budget.quiet,
+        **arm.options,
     )
+    return Trained(trainer, recipe, network)
+
+
+def cost_of(trainer: ObjectiveTrainer, budget: Budget) -> dict[str, float]:
+    """:return: Median seconds an epoch, and forward-backward passes a step, counted."""
+    from art_saliency.data import to_unit
+    from art_saliency.methods.base import Batch
+    from art_saliency.training.cost import forward_backward_passes
+
+    data, device = budget.data, budget.device
+    batch = Batch(to_unit(data.x_train[:128]).to(device), data.y_train[:128].to(device))
+    return {
+        "seconds_per_epoch": statistics.median(trainer.history.column("seconds")),
+        "passes_per_step": forward_backward_passes(trainer.get_classifier().model, trainer.objective, batch),
+    }
+
+
+def run_arm(arm: Arm, budget: Budget, out: Path) -> dict[str, Any]:
+    """
+    Train one network and learn how robust it is. Writes ``out/ARM``: weights, the run's page, a figure.
+
+    :return: Its figures, JSON-able.
+    """
+    from art_saliency.evaluation.summary import summarise
+    from art_saliency.trainers.runs import save
+
+    data = budget.data
+    trained = train_arm(arm, budget)
+    classifier = trained.trainer.get_classifier()
     folder = save(
         out / arm.name,
         classifier,
-        network=network,
+        network=trained.network,
         method=arm.method,
-        settings=trainer.config(),
+        settings=trained.trainer.config(),
         data={**budget.spec, "fingerprint": data.fingerprint()},
-        history=trainer.history,
-        recipe=recipe.to_json(),
+        history=trained.trainer.history,
+        recipe=trained.recipe.to_json(),
         force=True,  # the folder above it was vacant
     )
     x, y = data.x_test[: budget.images], data.y_test[: budget.images]
-    summary = summarise(classifier.model, x, y, threat=threat, seed=budget.seed, progress=not budget.quiet)
-    shown = slice(0, _PICTURES)
+    summary = summarise(classifier.model, x, y, threat=budget.threat, seed=budget.seed, progress=not budget.quiet)
+    _draw(arm, budget, classifier.model, folder, summary)
+    return {**summary.to_json(), **cost_of(trained.trainer, budget)}
+
+
+def _draw(arm: Arm, budget: Budget, model: nn.Module, folder: Path, summary: Summary) -> None:
+    """The first test images and their adversarial versions, with what the network looks at."""
+    from art_saliency.attacks import pgd
+    from art_saliency.data import to_unit
+    from art_saliency.evaluation.figures import saliency_panel
+
+    data, threat, shown = budget.data, budget.threat, min(_PICTURES, budget.images)
+    x, y = to_unit(data.x_test[:shown]).to(budget.device), data.y_test[:shown].to(budget.device)
     # AutoAttack leaves an image alone that it could not turn; a picture is to show a perturbation in every column.
-    x_adv = pgd(classifier.model, to_unit(x[shown]).to(device), y[shown].to(device), threat=threat, max_iter=20)
     saliency_panel(
-        classifier.model,
-        to_unit(x[shown]).to(device),
-        x_adv,
-        y[shown].to(device),
+        model,
+        x,
+        pgd(model, x, y, threat=threat, max_iter=20),
+        y,
         folder / "saliency.png",
         title=f"{arm.name}: {data.name} under PGD-20, {threat.norm} eps {threat.eps:g}; accuracy: clean {summary.clean:.1%}, "
         f"AutoAttack {summary.autoattack.robust_accuracy:.1%}",
     )
-    batch = Batch(to_unit(data.x_train[:128]).to(device), data.y_train[:128].to(device))
-    return {
-        **summary.to_json(),
-        "seconds_per_epoch": statistics.median(trainer.history.column("seconds")),
-        "passes_per_step": forward_backward_passes(classifier.model, trainer.objective, batch),
-    }
 
 
 def keep(results: Mapping[str, dict[str, Any]], out: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from art_saliency.cli._common import add_run_options, data_of_run, fraction, pic
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
     from art_saliency.data import DataSet
     from art_saliency.threat import ThreatModel
@@ -101,6 +102,21 @@ def _names(folders: list[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
+@dataclass(frozen=True, eq=False)
+class _Subject:
+    """One run and what it is measured on: the first `count` test images of the data."""
+
+    folder: Path
+    page: dict[str, Any]
+    model: nn.Module
+    data: DataSet
+    count: int
+    threat: ThreatModel
+
+    def images(self) -> tuple[Tensor, Tensor]:
+        return self.data.x_test[: self.count], self.data.y_test[: self.count]
+
+
 def _one(args: argparse.Namespace, folder: Path, device: torch.device) -> dict[str, Any]:
     """Evaluate one run, write what was found, print its table. :return: The page that was written."""
     from art_saliency import _checks
@@ -116,72 +132,52 @@ def _one(args: argparse.Namespace, folder: Path, device: torch.device) -> dict[s
     most = len(data.x_test)
     count = most if args.images is None else _checks.whole("--images", args.images, least=1, most=most)
     say(args, f"{page['method']} on {data.name}: {count} test images, {threat.norm} eps {threat.eps:g}, {device}")
-    if args.full:
-        return _full(args, folder, page, model, data, count, threat)
-    return _short(args, folder, page, model, data, count, threat)
+    return (_full if args.full else _short)(args, _Subject(folder, page, model, data, count, threat))
 
 
-def _short(
-    args: argparse.Namespace,
-    folder: Path,
-    page: dict[str, Any],
-    model: nn.Module,
-    data: DataSet,
-    count: int,
-    threat: ThreatModel,
-) -> dict[str, Any]:
+def _short(args: argparse.Namespace, of: _Subject) -> dict[str, Any]:
     from art_saliency.evaluation.summary import summarise
     from art_saliency.files import sha256_of_tensors, write_file, write_tensors
 
     summary = summarise(
-        model,
-        data.x_test[:count],
-        data.y_test[:count],
-        threat=threat,
+        of.model,
+        *of.images(),
+        threat=of.threat,
         version=args.version,
         batch_size=args.batch_size,
         seed=args.seed,
         progress=not args.quiet,
     )
-    result = {"run": page["method"], "data": data.name, **summary.to_json()}
+    result = {"run": of.page["method"], "data": of.data.name, **summary.to_json()}
     images = {"x_adv": summary.autoattack.x_adv}
     result["x_adv_sha256"] = sha256_of_tensors(images)
-    target = folder / "evaluation.json"
-    write_tensors(folder / "x_adv.pt", images)
+    target = of.folder / "evaluation.json"
+    write_tensors(of.folder / "x_adv.pt", images)
     write_file(target, lambda file: file.write(json.dumps(result, indent=1).encode()))
-    _print_table(result, page["method"], args.version)
+    _print_table(result, of.page["method"], args.version)
     for warning in [*summary.autoattack.deviations, *summary.autoattack.warnings]:
         print(f"AutoAttack: {warning}")
     print(f"Written to {target}")
     return result
 
 
-def _full(
-    args: argparse.Namespace,
-    folder: Path,
-    page: dict[str, Any],
-    model: nn.Module,
-    data: DataSet,
-    count: int,
-    threat: ThreatModel,
-) -> dict[str, Any]:
+def _full(args: argparse.Namespace, of: _Subject) -> dict[str, Any]:
     from art_saliency.evaluation.report import full_report
     from art_saliency.trainers.surrogates import variants_of_run
 
     # An interrupted report goes on where it stopped; one of other images, weights or settings has a folder of its own.
-    kept = folder / "autoattack-state"
-    settings = [page["weights_sha256"], data.fingerprint(), count, threat.norm, threat.eps]
+    kept = of.folder / "autoattack-state"
+    settings = [of.page["weights_sha256"], of.data.fingerprint(), of.count, of.threat.norm, of.threat.eps]
     settings += [args.version, args.batch_size, args.seed]
     report = full_report(
-        model,
-        data.x_test[:count],
-        data.y_test[:count],
-        eps=threat.eps,
-        norm=threat.norm,
-        name=page["method"],
-        data_name=data.name,
-        surrogates=_surrogates(args, page, data, threat, model),
-        variants=variants_of_run(page),
+        of.model,
+        *of.images(),
+        eps=of.threat.eps,
+        norm=of.threat.norm,
+        name=of.page["method"],
+        data_name=of.data.name,
+        surrogates=_surrogates(args, of),
+        variants=variants_of_run(of.page),
         audit_images=args.audit_images,
         corruption_folder=args.corruptions,
         version=args.version,
@@ -190,28 +186,26 @@ def _full(
         state_dir=kept / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16],
         progress=not args.quiet,
     )
-    target = report.write(folder / "report", force=args.force)
+    target = report.write(of.folder / "report", force=args.force)
     shutil.rmtree(kept, ignore_errors=True)  # it was for an interrupted report
-    _print_table(report.page, page["method"], args.version)
+    _print_table(report.page, of.page["method"], args.version)
     print(f"Audit: {report.audit.verdict}" + "".join(f"\n  {reason}" for reason in report.audit.reasons))
     print(f"Written to {target}: report.md, report.json, figures")
     return report.page
 
 
-def _surrogates(
-    args: argparse.Namespace, page: dict[str, Any], data: DataSet, threat: ThreatModel, model: nn.Module
-) -> dict[str, nn.Module]:
+def _surrogates(args: argparse.Namespace, of: _Subject) -> dict[str, nn.Module]:
     """:return: The networks that were named, or three that are trained now."""
     from art_saliency.trainers.runs import load
     from art_saliency.trainers.surrogates import train_surrogates
 
-    device = next(model.parameters()).device
+    device = next(of.model.parameters()).device
     if args.no_surrogates:
         return {}
     if args.surrogate:
         return {str(folder): load(folder, device=device).model for folder in args.surrogate}
     say(args, "training three networks for transferred attacks (--no-surrogates leaves them out)")
-    return train_surrogates(page, data, seed=args.seed, device=device, threat=threat, quiet=args.quiet)
+    return train_surrogates(of.page, of.data, seed=args.seed, device=device, threat=of.threat, quiet=args.quiet)
 
 
 def _print_table(page: dict[str, Any], method: str, version: str) -> None:

@@ -50,6 +50,7 @@ class Laboratory:
     :ivar randomised: Whether two forward passes of the same images differ.
     :ivar differentiable: Whether logits have a gradient to the images at all.
     :ivar clean: (N,) scores: the share of forward passes in which a clean image is classified right.
+    :ivar scores: Those of every attack that counts, clean first, by name: each attack is run once.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Laboratory:
         self.restarts, self.long = (1, 2) if self.randomised else (budget.restarts, budget.long)
         self.differentiable = self._is_differentiable()
         self.clean = self.score(x)
+        self.scores = {"clean": self.clean}
         self.standing = self.clean > 0
 
     def logits(self, x: Tensor) -> Tensor:
@@ -119,6 +121,33 @@ class Laboratory:
         for some in torch.split(rows, self.batch_size):
             x_adv[some] = attack(self.x[some], self.y[some])
         return torch.minimum(self.score(x_adv), self.clean) * self.standing
+
+    def record(self, name: str, score: Tensor) -> Tensor:
+        """
+        Keep what an attack left.
+
+        :param score: (N,) bool, or scores. :return: It, nowhere above the clean one.
+        """
+        self.scores[name] = torch.minimum(score.double(), self.clean)
+        return self.scores[name]
+
+    def scored(self, name: str, attack: Attack) -> Tensor:
+        """:return: (N,) scores :meth:`under` an attack; they are kept, and an attack of that name is not run again."""
+        return self.scores[name] if name in self.scores else self.record(name, self.under(name, attack))
+
+    def strongest(self) -> tuple[str, Tensor]:
+        """:return: The two strongest gradient attacks in words, and (N,) the score each image is left with by both."""
+        words = f"PGD-{self.budget.max_iter} x {self.restarts} on cross-entropy and margin"
+        return words, self.white_box()
+
+    def white_box(self) -> Tensor:
+        """:return: (N,) the score each image is left with by the two strongest gradient attacks."""
+        first = self.scored("PGD, cross-entropy", self.pgd(restarts=self.restarts))
+        return torch.minimum(first, self.scored("PGD, margin", self.pgd(restarts=self.restarts, loss="margin")))
+
+    def pgd20(self) -> Tensor:
+        """:return: (N,) scores under 20 steps on the cross-entropy."""
+        return self.scored("PGD-20", self.pgd(max_iter=20))
 
     def pgd(
         self,

@@ -12,14 +12,14 @@ from art_saliency.data import to_unit
 from art_saliency.modes import evaluating
 
 
-def like(model: nn.Module, x: Tensor) -> Tensor:
+def home_of(model: nn.Module, x: Tensor) -> Tensor:
     """:return: A tensor that lies where the network computes, in the type in which it computes."""
     return next((p for p in model.parameters() if p.is_floating_point()), x if x.is_floating_point() else x[:0].float())
 
 
-def pixels(x: Tensor, reference: Tensor) -> Tensor:
-    """:return: The images in [0, 1], where `reference` lies and in its type."""
-    return to_unit(x.to(reference.device)).to(reference.dtype)
+def pixels(x: Tensor, home: Tensor) -> Tensor:
+    """:return: The images in [0, 1], where `home` lies and in its type."""
+    return to_unit(x.to(home.device)).to(home.dtype)
 
 
 def checked(model: nn.Module, x: Any, y: Any) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ def checked(model: nn.Module, x: Any, y: Any) -> tuple[Tensor, Tensor]:
     :return: The images as they are, and the labels as (N,) int64.
     """
     x = _checks.images(x, allow_uint8=True)
-    first = pixels(x[:1], like(model, x))
+    first = pixels(x[:1], home_of(model, x))
     # A network that draws random numbers must not move the caller's generator by being asked for its classes.
     with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[first.device] if first.is_cuda else []):
         classes = model(first).shape[1]
@@ -43,5 +43,5 @@ def checked(model: nn.Module, x: Any, y: Any) -> tuple[Tensor, Tensor]:
 def placed(model: nn.Module, x: Any, y: Any) -> tuple[Tensor, Tensor]:
     """:return: :func:`checked` images and labels, brought to where the network is; all of them at once."""
     images, labels = checked(model, x, y)
-    reference = like(model, images)
-    return pixels(images, reference).contiguous(), labels.to(reference.device)
+    home = home_of(model, images)
+    return pixels(images, home).contiguous(), labels.to(home.device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from art_saliency import _checks
 from art_saliency.attacks import AttackLoss, pgd
-from art_saliency.evaluation._inputs import checked, like, pixels
+from art_saliency.evaluation._inputs import checked, home_of, pixels
 from art_saliency.modes import evaluating
 from art_saliency.randomness import RandomSource
 from art_saliency.threat import ThreatModel
@@ -37,7 +37,7 @@ def binomial_interval(successes: int, count: int, *, z: float = 1.96) -> tuple[f
 def _share_correct(
     model: nn.Module, x: Tensor, y: Tensor, batch_size: int, perturb: Callable[[Tensor, Tensor], Tensor]
 ) -> float:
-    home = like(model, x)
+    home = home_of(model, x)
     correct = torch.zeros((), dtype=torch.long, device=home.device)
     with evaluating(model):
         for start in range(0, len(x), batch_size):
@@ -83,7 +83,7 @@ def pgd_accuracy(
     :return: 0 to 1.
     """
     x, y = checked(model, x, y)
-    random = RandomSource(seed, like(model, x).device)
+    random = RandomSource(seed, home_of(model, x).device)
 
     def perturb(images: Tensor, targets: Tensor) -> Tensor:
         return pgd(

@@ -16,8 +16,9 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from art_saliency import _checks
 from art_saliency.attacks import AdaptiveAttack, AttackLoss, InnerAttack
-from art_saliency.evaluation import _audit_checks as checks
-from art_saliency.evaluation._audit_checks import Check
+from art_saliency.evaluation import _audit_gradients as gradients
+from art_saliency.evaluation import _audit_others as others
+from art_saliency.evaluation._audit_check import MASKED, ORDERS, PASS, SUSPICIOUS, Check
 from art_saliency.evaluation._audit_laboratory import AuditBudget, Laboratory
 from art_saliency.evaluation._autoattack_guard import process_kept, seed_everything
 from art_saliency.evaluation._autoattack_memory import weights_sha256
@@ -33,9 +34,9 @@ from art_saliency.threat import ThreatModel
 __all__ = ["VERDICTS", "AuditBudget", "AuditReport", "Check", "audit", "collect_variants"]
 
 VERDICTS = {
-    checks.PASS: "consistent with true robustness",
-    checks.SUSPICIOUS: "suspicious",
-    checks.MASKED: "masked",
+    PASS: "consistent with true robustness",
+    SUSPICIOUS: "suspicious",
+    MASKED: "masked",
 }
 """What the worst check's status makes of the whole. 'Consistent' is no proof: no set of attacks is."""
 
@@ -81,11 +82,7 @@ class AuditReport:
             "",
             markdown_table(("check", "status", "found"), [(c.name, c.status, c.figure) for c in self.checks], left=3),
         ]
-        lines += [
-            f"\n{c.name} ({c.threshold}). {c.meaning}"
-            for c in self.checks
-            if c.status in (checks.SUSPICIOUS, checks.MASKED)
-        ]
+        lines += [f"\n{c.name} ({c.threshold}). {c.meaning}" for c in self.checks if c.status in (SUSPICIOUS, MASKED)]
         return "\n".join(lines)
 
 
@@ -148,29 +145,27 @@ def audit(
     )
     if surrogates and transferred is None:
         transferred = transfer(model, images, labels, surrogates=surrogates, threat=threat, **options).correct
-    scores: dict[str, Tensor] = {}
     with process_kept(model, {}), tqdm(desc="audit", unit="check", disable=not progress, leave=None) as bar:
         seed_everything(seed)
         lab = Laboratory(model, images, labels, threat, budget, batch_size=batch_size, seed=seed, bar=bar)
-        scores["clean"] = lab.clean
         words = "AutoAttack" if found is None else f"AutoAttack ({found.version})"
-        steps: list[Callable[[Laboratory, dict[str, Tensor]], list[Check]]] = [
+        steps: list[Callable[[Laboratory], list[Check]]] = [
             *_STEPS,
-            partial(checks.black_box, square=_scored(lab, square), transferred=transferred),
-            partial(checks.autoattack_gap, found=_scored(lab, found), words=words),
-            partial(checks.adaptive, variants=variants),
+            partial(others.black_box, square=_scored(lab, square), transferred=transferred),
+            partial(others.autoattack_gap, found=_scored(lab, found), words=words),
+            partial(others.adaptive, variants=variants),
         ]
         bar.total = len(steps)
         outcome: list[Check] = []
         for step in steps:
-            outcome += step(lab, scores)
+            outcome += step(lab)
             bar.update()
-    status = next((s for s in (checks.MASKED, checks.SUSPICIOUS) if s in [c.status for c in outcome]), checks.PASS)
+    status = next((s for s in (MASKED, SUSPICIOUS) if s in [c.status for c in outcome]), PASS)
     return AuditReport(
         verdict=VERDICTS[status],
-        reasons=[c.name for c in outcome if c.status == status != checks.PASS],
+        reasons=[c.name for c in outcome if c.status == status != PASS],
         checks=outcome,
-        accuracies={name: _with_interval(score) for name, score in scores.items()},
+        accuracies={name: _with_interval(score) for name, score in lab.scores.items()},
         count=len(images),
         smallest=_smallest_conviction(len(images)),
         eps=threat.eps,
@@ -186,16 +181,16 @@ def audit(
 
 
 _STEPS = (
-    checks.determinism,
-    checks.zero_gradients,
-    checks.smoothness,
-    checks.plateau,
-    checks.single_step,
-    checks.random_noise,
-    checks.logit_scale,
-    checks.radius,
-    checks.other_views,
-    checks.randomness,
+    others.determinism,
+    gradients.zero_gradients,
+    gradients.smoothness,
+    gradients.plateau,
+    gradients.single_step,
+    gradients.random_noise,
+    gradients.logit_scale,
+    gradients.radius,
+    others.other_views,
+    others.randomness,
 )
 
 
@@ -263,6 +258,6 @@ def _smallest_conviction(count: int) -> float:
     for wrong in range(count + 1):
         scores = torch.zeros(count)
         scores[:wrong] = 1
-        if checks.ORDERS.status(paired_difference(scores, torch.zeros(count))) == checks.MASKED:
+        if ORDERS.status(paired_difference(scores, torch.zeros(count))) == MASKED:
             return wrong / count
     return (count + 1) / count

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +19,8 @@ from art_saliency._version import __version__
 from art_saliency.attacks import AdaptiveAttack, pgd
 from art_saliency.evaluation import figures_report as draw
 from art_saliency.evaluation._inputs import placed
-from art_saliency.evaluation.accuracy import accuracy, binomial_interval, pgd_accuracy
+from art_saliency.evaluation._report_page import Subject, page_of, row
+from art_saliency.evaluation.accuracy import accuracy, pgd_accuracy
 from art_saliency.evaluation.audit import AuditBudget, AuditReport, audit
 from art_saliency.evaluation.autoattack import AutoAttackResult, autoattack
 from art_saliency.evaluation.corruption_arrays import array_corruption_accuracy
@@ -31,7 +29,7 @@ from art_saliency.evaluation.figures import saliency_panel
 from art_saliency.evaluation.report_text import markdown
 from art_saliency.evaluation.saliency import SaliencyReport, saliency_report
 from art_saliency.evaluation.transfer import TransferResult, transfer
-from art_saliency.files import sha256_of_tensors, write_file
+from art_saliency.files import appearing, sha256_of_tensors, write_file
 from art_saliency.randomness import RandomSource
 from art_saliency.threat import ThreatModel
 
@@ -70,24 +68,15 @@ class Report:
 
         :param folder: A new folder. :param force: Whether one that is there may be replaced. :return: The folder.
         :raises InputError: When it is there and `force` is false.
+        :raises CheckpointError: When it cannot be written there.
         """
-        target = Path(folder)
-        if target.exists() and not force:
-            raise _checks.refuse("folder", f"{target}, which is there already", "a new folder", "add --force")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
+        with appearing(Path(folder), force=force) as made:
             (made / "figures").mkdir()
             figures = [path.relative_to(made) for path in self.draw_figures(made / "figures")]
             write_file(made / "report.json", lambda file: file.write(json.dumps(self.page, indent=1).encode()))
             text = markdown(self.page, figures)
             write_file(made / "report.md", lambda file: file.write(text.encode()))
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(made, target)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
-        return target
+        return Path(folder)
 
 
 def full_report(
@@ -131,78 +120,46 @@ def full_report(
     :return: The report.
     """
     threat = ThreatModel(norm, _checks.real("eps", eps, above=0))
-    images, labels = placed(model, x, y)
-    shared: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": progress}
+    some = slice(0, _checks.whole("audit_images", audit_images, least=1))
+    few = slice(0, _checks.whole("saliency_images", saliency_images, least=1))
+    of = Subject(model, *placed(model, x, y), threat, batch_size, seed, progress)
+    ball: dict[str, Any] = {"eps": eps, "norm": norm}
     with _parts(progress, 7) as part:
-        plain = part("clean and PGD", lambda: _plain(model, images, labels, threat, batch_size, seed))
+        plain = part("clean and PGD", lambda: _plain(of))
         attacked = part(
             "AutoAttack",
-            lambda: autoattack(
-                model, images, labels, eps=eps, norm=norm, version=version, state_dir=state_dir, **shared
-            ),
+            lambda: autoattack(model, of.x, of.y, version=version, state_dir=state_dir, **ball, **of.options()),
         )
-        some = slice(0, _checks.whole("audit_images", audit_images, least=1))
-        transferred = part(
-            "transfer",
-            lambda: (
-                transfer(model, images, labels, surrogates=surrogates, threat=threat, **shared) if surrogates else None
-            ),
-        )
+        transferred = part("transfer", lambda: _transfer(of, surrogates))
+        evidence: dict[str, Any] = {
+            "autoattack_result": _first(attacked, of, some),
+            "transferred": None if transferred is None else transferred.correct[some],
+            "variants": variants,
+        }
         audited = part(
             "audit",
-            lambda: audit(
-                model,
-                images[some],
-                labels[some],
-                eps=eps,
-                norm=norm,
-                autoattack_result=_first(attacked, images, labels, some),
-                transferred=None if transferred is None else transferred.correct[some],
-                variants=variants,
-                budget=budget,
-                **shared,
-            ),
+            lambda: audit(model, of.x[some], of.y[some], budget=budget, **evidence, **ball, **of.options()),
         )
-        corrupted = part(
-            "corruptions", lambda: _corruptions(model, images, labels, corrupt, batch_size, seed, progress)
-        )
-        from_arrays = part(
-            "corruption arrays",
-            lambda: (
-                None
-                if corruption_folder is None
-                else array_corruption_accuracy(model, corruption_folder, progress=progress)
-            ),
-        )
-        few = slice(0, _checks.whole("saliency_images", saliency_images, least=1))
-        x_adv = pgd(
-            model, images[few], labels[few], threat=threat, max_iter=20, random=RandomSource(seed, images.device)
-        )
-        explained = part("saliency", lambda: saliency_report(model, images[few], labels[few], x_adv, seed=seed))
-    page = {
-        "schema": SCHEMA,
-        "art_saliency": __version__,
-        "network": name,
-        "data": data_name,
-        "images": len(images),
-        "threat_model": {"norm": norm, "eps": threat.eps},
-        "seed": seed,
-        "weights_sha256": attacked.weights_sha256,
-        **plain,
-        "autoattack": {**_row(attacked.robust_accuracy, len(images)), "details": attacked.to_json()},
-        "waterfall": _waterfall(attacked, len(images)),
-        "accuracy_against_eps": _against_eps(audited),
-        "audit": audited.to_json(),
-        "transfer": None if transferred is None else transferred.to_json(),
-        "corruptions": None if corrupted is None else corrupted.to_json(),
-        "corruption_arrays": None if from_arrays is None else from_arrays.to_json(),
-        "saliency": explained.to_json(),
-    }
-
-    def figures(folder: Path) -> list[Path]:
-        return _figures(folder, model, images, labels, x_adv, page, threat, seed)
-
-    return Report(page, attacked, audited, transferred, explained, corrupted, figures)
+        corrupted = part("corruptions", lambda: _corruptions(of, corrupt))
+        from_arrays = part("corruption arrays", lambda: _from_arrays(of, corruption_folder))
+        x_adv = pgd(model, of.x[few], of.y[few], threat=threat, max_iter=20, random=RandomSource(seed, of.x.device))
+        explained = part("saliency", lambda: saliency_report(model, of.x[few], of.y[few], x_adv, seed=seed))
+    page = page_of(
+        of,
+        attacked,
+        audited,
+        head={"schema": SCHEMA, "art_saliency": __version__, "network": name, "data": data_name},
+        plain=plain,
+        parts={
+            "transfer": transferred,
+            "corruptions": corrupted,
+            "corruption_arrays": from_arrays,
+            "saliency": explained,
+        },
+    )
+    return Report(
+        page, attacked, audited, transferred, explained, corrupted, lambda folder: _figures(folder, of, x_adv, page)
+    )
 
 
 @contextmanager
@@ -219,59 +176,41 @@ def _parts(shown: bool, count: int) -> Iterator[Callable[[str, Callable[[], _T]]
         yield part
 
 
-def _row(share: float, count: int) -> dict[str, Any]:
-    return {"accuracy": share, "interval_95": list(binomial_interval(round(share * count), count)), "count": count}
-
-
-def _plain(
-    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, batch_size: int, seed: int
-) -> dict[str, dict[str, Any]]:
+def _plain(of: Subject) -> dict[str, dict[str, Any]]:
     """:return: Clean accuracy, PGD-20, and accuracy against steps."""
-    steps = {n: pgd_accuracy(model, x, y, threat=threat, max_iter=n, batch_size=batch_size, seed=seed) for n in STEPS}
+    steps = {
+        n: pgd_accuracy(of.model, of.x, of.y, threat=of.threat, max_iter=n, batch_size=of.batch_size, seed=of.seed)
+        for n in STEPS
+    }
     return {
-        "clean": _row(accuracy(model, x, y, batch_size=batch_size), len(x)),
-        "pgd20": _row(steps[20], len(x)),
-        "accuracy_against_steps": {str(n): _row(share, len(x)) for n, share in steps.items()},
+        "clean": row(accuracy(of.model, of.x, of.y, batch_size=of.batch_size), len(of.x)),
+        "pgd20": row(steps[20], len(of.x)),
+        "accuracy_against_steps": {str(n): row(share, len(of.x)) for n, share in steps.items()},
     }
 
 
-def _first(result: AutoAttackResult, x: Tensor, y: Tensor, some: slice) -> AutoAttackResult:
+def _first(result: AutoAttackResult, of: Subject, some: slice) -> AutoAttackResult:
     """:return: The result of the first images: what AutoAttack did to each is the same, whatever is counted."""
-    fingerprint = sha256_of_tensors({"x": x[some].cpu(), "y": y[some].cpu()})
+    fingerprint = sha256_of_tensors({"x": of.x[some].cpu(), "y": of.y[some].cpu()})
     return dataclasses.replace(result, x_adv=result.x_adv[some], correct=result.correct[some], data_sha256=fingerprint)
 
 
-def _corruptions(
-    model: nn.Module, x: Tensor, y: Tensor, wanted: bool, batch_size: int, seed: int, progress: bool
-) -> CorruptionResult | None:
-    if not wanted:
+def _transfer(of: Subject, surrogates: Mapping[str, nn.Module] | None) -> TransferResult | None:
+    if not surrogates:
         return None
-    return corruption_accuracy(model, x, y, batch_size=batch_size, seed=seed, progress=progress)
+    return transfer(of.model, of.x, of.y, surrogates=surrogates, threat=of.threat, **of.options())
 
 
-def _waterfall(result: AutoAttackResult, count: int) -> dict[str, Any]:
-    """:return: What is left, clean first, after each of AutoAttack's attacks in turn."""
-    left = {"clean": result.clean_accuracy, **result.robust_accuracy_after}
-    return {name: _row(share, count) for name, share in left.items()}
+def _corruptions(of: Subject, wanted: bool) -> CorruptionResult | None:
+    return corruption_accuracy(of.model, of.x, of.y, **of.options()) if wanted else None
 
 
-def _against_eps(report: AuditReport) -> dict[str, Any]:
-    """:return: The audit's curve, with intervals."""
-    curve = next(check.figures["accuracy"] for check in report.checks if check.name == "accuracy never rises with eps")
-    clean = {"0": report.accuracies["clean"]["accuracy"]}
-    return {eps: _row(share, report.count) for eps, share in {**clean, **curve}.items()}
+def _from_arrays(of: Subject, folder: str | Path | None) -> CorruptionResult | None:
+    return None if folder is None else array_corruption_accuracy(of.model, folder, progress=of.progress)
 
 
-def _figures(
-    folder: Path,
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    x_adv: Tensor,
-    page: dict[str, Any],
-    threat: ThreatModel,
-    seed: int,
-) -> list[Path]:
+def _figures(folder: Path, of: Subject, x_adv: Tensor, page: dict[str, Any]) -> list[Path]:
+    model, x, y, threat = of.model, of.x, of.y, of.threat
     name, where = page["network"], f"{page['data']}, {threat.norm} eps {threat.eps:g}"
 
     def curve(key: str) -> dict[str, dict[float, dict[str, Any]]]:
@@ -302,6 +241,12 @@ def _figures(
             model, x[shown], x_adv[shown], y[shown], folder / "saliency.png", title=f"{name}: {where}, PGD-20"
         ),
         draw.loss_surface_figure(
-            model, x[chosen], y[chosen], folder / "loss_surface.png", threat=threat, title=f"{name}: {where}", seed=seed
+            model,
+            x[chosen],
+            y[chosen],
+            folder / "loss_surface.png",
+            threat=threat,
+            title=f"{name}: {where}",
+            seed=of.seed,
         ),
     ]

@@ -16,7 +16,7 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 from art_saliency import _checks
 from art_saliency.data import to_unit
 from art_saliency.evaluation._autoattack_memory import weights_sha256
-from art_saliency.evaluation._inputs import checked, like, pixels
+from art_saliency.evaluation._inputs import checked, home_of, pixels
 from art_saliency.evaluation.accuracy import binomial_interval
 from art_saliency.evaluation.transfer_attacks import TRANSFER_ATTACKS, ensemble_logits, transfer_attack
 from art_saliency.files import sha256_of_tensors
@@ -183,7 +183,7 @@ def transfer(
     _checks.whole("max_iter", max_iter)
     step = 2.5 * threat.eps / max(max_iter, 1) if eps_step is None else _checks.real("eps_step", eps_step, least=0)
     images, targets = checked(model, x, y)
-    home = like(model, images)
+    home = home_of(model, images)
     sources = _sources(model, surrogates, pixels(images[:1], home))
     random = {(source, attack): RandomSource(seed, home.device) for source in sources for attack in names}
     found = {pair: [0, 0] for pair in random}
@@ -277,7 +277,7 @@ def _check_surrogate(name: str, network: nn.Module, example: Tensor, wanted: tor
         )
     if not isinstance(network, nn.Module):
         raise _checks.refuse(where, f"a {type(network).__name__}", "a torch.nn.Module")
-    home = like(network, example)
+    home = home_of(network, example)
     if (home.device, home.dtype) != (example.device, example.dtype):
         raise _checks.refuse(
             where,

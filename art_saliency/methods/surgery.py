@@ -7,6 +7,7 @@ and wrappers. To everybody outside, the backbone's tensors keep their names, in 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -217,7 +218,7 @@ class Features:
     like: Tensor
 
 
-class FeatureLayer(nn.Module):
+class FeatureLayer(nn.Module, ABC):
     """
     A layer that maps features to features of the same shape: feature maps, or tokens seen as such.
 
@@ -230,9 +231,9 @@ class FeatureLayer(nn.Module):
         super().__init__()
         self.tokens = tokens
 
+    @abstractmethod
     def transform(self, f: Tensor) -> Tensor:
         """:param f: (N, C, H, W), any H and W. :return: The same shape."""
-        raise NotImplementedError
 
     def forward(self, features: Tensor) -> Tensor:
         """

@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from art_saliency import _checks
-from art_saliency.errors import CheckpointError
-from art_saliency.files import sha256_of_file, write_file
+from art_saliency.files import appearing, sha256_of_file, write_file
 
-__all__ = ["SCHEMA", "SUMS", "Layout", "appearing", "sum_problems", "write_json", "write_text"]
+__all__ = ["SCHEMA", "SUMS", "Layout", "check_place", "sealed", "sum_problems", "write_json", "write_text"]
 
 SCHEMA = 1
 """Of ``bundle.json``."""
@@ -58,9 +55,9 @@ def write_json(path: Path, page: dict[str, Any]) -> None:
 
 
 @contextmanager
-def appearing(target: Path, *, force: bool) -> Iterator[Path]:
+def sealed(target: Path, *, force: bool) -> Iterator[Path]:
     """
-    Let a bundle appear as a whole, or not at all: it is written beside its place and moved there when all has gone well.
+    Let a bundle appear with its sums, as a whole or not at all (:func:`~art_saliency.files.appearing`).
 
     :param target: Its place. :param force: Whether a bundle that is there may be replaced; anything else never is.
     :return: The folder to write into; its sums are added on exit.
@@ -68,19 +65,10 @@ def appearing(target: Path, *, force: bool) -> Iterator[Path]:
     :raises CheckpointError: When it cannot be written.
     """
     check_place(target, force=force)
-    aside = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
-    try:
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            aside.mkdir()
-        except OSError as error:
-            raise CheckpointError(f"{target}: could not be written ({error.strerror}); choose another place") from error
-        yield aside
-        files = sorted(path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file())
-        write_text(aside / SUMS, "".join(f"{sha256_of_file(aside / file)}  {file}\n" for file in files))
-        _move(aside, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with appearing(target, force=True) as folder:  # it was found to be vacant, or a bundle that may be replaced
+        yield folder
+        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        write_text(folder / SUMS, "".join(f"{sha256_of_file(folder / file)}  {file}\n" for file in files))
 
 
 def check_place(target: Path, *, force: bool) -> None:
@@ -95,21 +83,6 @@ def check_place(target: Path, *, force: bool) -> None:
         raise _checks.refuse("out", f"{target}, which holds other files", "a new or empty folder", "choose another")
     if not force:
         raise _checks.refuse("out", f"{target}, a bundle that is there already", "a new folder", "add --force")
-
-
-def _move(aside: Path, target: Path) -> None:
-    """The old bundle stands, or the new one: it is put back when the second rename does not happen."""
-    old = aside.with_name(f"{aside.name}.old")
-    had = target.exists()
-    if had:
-        os.rename(target, old)
-    try:
-        os.rename(aside, target)
-    except BaseException:
-        if had:
-            os.rename(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def sum_problems(folder: Path) -> list[str]:

@@ -18,7 +18,7 @@ from art_saliency.errors import UnsupportedModelError
 from art_saliency.evaluation.autoattack import AutoAttackResult
 from art_saliency.files import write_tensors
 from art_saliency.robustbench.architecture import architectures_of
-from art_saliency.robustbench.bundle import SCHEMA, Layout, appearing, check_place, write_json, write_text
+from art_saliency.robustbench.bundle import SCHEMA, Layout, check_place, sealed, write_json, write_text
 from art_saliency.robustbench.deployable import Deployable, foreign_steps, own_logits, taken_out
 from art_saliency.robustbench.evidence import Evidence, autoattack_log, gather, spread
 from art_saliency.robustbench.model_info import Board, board, eps_text, known_fields, percent_text, problems
@@ -127,7 +127,7 @@ def export_robustbench(
     }
     human = {"license": license, "code_url": code_url, "checkpoint_url": checkpoint_url}
     choices = architectures_of(plain.network, name, imagenet=dataset == "imagenet", source=user, label=architecture)
-    with appearing(target, force=force) as folder:
+    with sealed(target, force=force) as folder:
         layout = Layout(folder, name, dataset, threat_model)
         write_tensors(_made(layout.weights), plain.weights)
         write_tensors(layout.reference, reference)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ def recompute_batch_statistics(
                     mean_over_ranks(statistics)
 
 
-class _Average(Extension):
+class _Average(Extension, ABC):
     """A copy of the network beside it, in eval mode, out of every graph."""
 
     kind: str
@@ -84,9 +85,9 @@ class _Average(Extension):
         self._run = run
         self._describe(run)
 
+    @abstractmethod
     def _describe(self, run: Run) -> None:
         """Say in the history what is averaged, and offer the copy to the run where it is one already."""
-        raise NotImplementedError
 
     def on_complete(self, run: Run) -> None:
         """Put the average into the network, where there is one."""

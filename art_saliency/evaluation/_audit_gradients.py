@@ -1,0 +1,216 @@
+"""
+An audit's checks of the gradients themselves: whether there are any, and whether attacks along them do what they must.
+
+After Athalye et al. (2018) and Carlini et al. (2019): signs of a network that hides its gradients rather than resists.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from art_saliency.attacks import AttackLoss, cross_entropy, margin
+from art_saliency.evaluation._audit_check import MASKED, NOT_RUN, ORDERS, PASS, SCALE, SUSPICIOUS, Check, beats, percent
+from art_saliency.evaluation._audit_copies import Averaged, Rescaled
+from art_saliency.evaluation._audit_laboratory import Laboratory
+from art_saliency.evaluation.accuracy import binomial_interval
+from art_saliency.evaluation.paired import paired_difference
+from art_saliency.gradients import cosine
+from art_saliency.threat import ThreatModel
+
+RADII = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+"""Of the accuracy-against-eps curve, in units of eps; the whole pixel range is added."""
+
+
+def zero_gradients(lab: Laboratory) -> list[Check]:
+    """Images, of those classified right, on which an attack has no direction to go in."""
+    meaning = (
+        "Where the gradient is exactly zero or not finite a gradient attack stands still and the image counts as robust. The margin "
+        "loss has a gradient however large the logits are, so only its zeros convict; the cross-entropy's vanish with large logits."
+    )
+    name, threshold = "gradients exist", "margin: suspicious above 1 %, masked above 10 %, by the interval's lower end"
+    if not lab.differentiable:
+        return [
+            Check(name, MASKED, "the logits have no gradient to the images at all", threshold, meaning, {"margin": 1.0})
+        ]
+    rows = lab.standing.nonzero()[:, 0].to(lab.x.device)
+    shares, ends = {}, {}
+    losses: dict[str, AttackLoss] = {"margin": margin, "cross-entropy": cross_entropy}
+    for loss, function in losses.items():
+        if not len(rows):
+            return [Check(name, NOT_RUN, "no image is classified right", threshold, meaning)]
+        gradient = lab.gradients(lab.x[rows], lab.y[rows], function).flatten(1)
+        dead = int(((gradient == 0).all(1) | ~torch.isfinite(gradient).all(1)).sum())
+        shares[loss], ends[loss] = dead / len(rows), binomial_interval(dead, len(rows))[0]
+    status = MASKED if ends["margin"] > 0.1 else SUSPICIOUS if ends["margin"] > 0.01 else PASS
+    figure = ", ".join(f"{loss}: none on {100 * share:.1f} % of images" for loss, share in shares.items())
+    return [Check(name, status, figure, threshold, meaning, shares)]
+
+
+def smoothness(lab: Laboratory) -> list[Check]:
+    """Loss linearity: whether the gradient says anything about the image's surroundings."""
+    meaning = (
+        "Gradients that change completely over a hundredth of the radius are shattered: each step of an attack is led astray. A sharp "
+        "change over the whole radius is common in networks without defence; after single-step training it is a sign of overfitting."
+    )
+    threshold = "suspicious when the mean cosine over eps/100 is below 0.5"
+    rows = lab.standing.nonzero()[:, 0].to(lab.x.device)
+    if not lab.differentiable or not len(rows):
+        return [Check("loss linearity", NOT_RUN, "no gradient, or no image classified right", threshold, meaning)]
+    x, y = lab.x[rows], lab.y[rows]
+    there = lab.gradients(x, y, margin)
+    cosines = {}
+    for share in (0.01, 1.0):
+        ball = ThreatModel(lab.threat.norm, share * lab.threat.eps)
+        moved = (x + ball.eps * ball.ascent_direction(there)).clamp(0, 1)
+        cosines[f"{share:g} eps"] = float(cosine(there, lab.gradients(moved, y, margin)).mean())
+    ball = ThreatModel(lab.threat.norm, 0.1 * lab.threat.eps)
+    moved = (x + ball.eps * ball.ascent_direction(there)).clamp(0, 1)
+    rise = margin(lab.logits(moved), y) - margin(lab.logits(x), y)
+    foretold = ((moved - x) * there).flatten(1).sum(1)
+    error = float((rise - foretold).abs().mean() / foretold.abs().mean().clamp_min(1e-12))
+    status = SUSPICIOUS if cosines["0.01 eps"] < 0.5 else PASS
+    said = ", ".join(f"{value:.2f} over {where}" for where, value in cosines.items())
+    figure = f"mean cosine of the margin's gradients {said}; linear forecast over 0.1 eps wrong by {100 * error:.0f} %"
+    return [Check("loss linearity", status, figure, threshold, meaning, {"cosine": cosines, "forecast_error": error})]
+
+
+def plateau(lab: Laboratory) -> list[Check]:
+    """Whether many more steps still find something."""
+    ours, white = lab.strongest()
+    steps, twenty = lab.long * lab.budget.max_iter, lab.pgd20()
+    longest = torch.minimum(white, lab.scored(f"PGD-{steps}, margin", lab.pgd(max_iter=steps, loss="margin")))
+    meaning = (
+        "An attack that still gains when it is given many times the steps has not converged, and the accuracy it leaves is too high: "
+        "noisy or shattered gradients make it wander."
+    )
+    check = beats("attacks have converged", (ours, white), (f"with PGD-{steps} on the margin", longest), meaning)
+    check.figures["pgd_20"] = float(twenty.mean())
+    return [check]
+
+
+def single_step(lab: Laboratory) -> list[Check]:
+    """Whether one step does more than many, or a long step less than a short one."""
+    shares = (0.25, 0.5, 0.75, 1.0)
+    step = {share: lab.scored(f"FGSM at {share:g} eps", lab.fgsm(share)) for share in shares}
+    whole = step[1.0]
+    stronger = beats(
+        "one step does not beat many",
+        lab.strongest(),
+        ("FGSM", whole),
+        "Many small steps can do all that one large step does; where they do less, the gradients along the way lead astray.",
+    )
+    rises = {share: paired_difference(whole, step[share]) for share in shares[:-1]}
+    share = max(rises, key=lambda share: rises[share].low)
+    figure = f"accuracy under a step of eps is above that under a step of {share:g} eps by {rises[share]}"
+    distorted = Check(
+        "a longer step does not help the network",
+        ORDERS.status(rises[share]),
+        figure,
+        str(ORDERS),
+        "A network that answers right after a step of the whole radius and wrong after a part of it has learnt the single step itself: "
+        "catastrophic overfitting (Kim et al. 2021). Its accuracy against single steps says nothing.",
+        {"accuracy": {f"{share:g}": float(step[share].mean()) for share in shares}},
+    )
+    return [stronger, distorted, _overfitted(lab, whole, lab.white_box())]
+
+
+def _overfitted(lab: Laboratory, one: Tensor, many: Tensor) -> Check:
+    """Whether the network withstands one step well and many not at all."""
+    count = len(one)
+    ends = {
+        name: binomial_interval(round(float(score.sum())), count)
+        for name, score in (("clean", lab.clean), ("one", one), ("many", many))
+    }
+    withstands = ends["one"][0] > _WITHSTANDS * float(lab.clean.mean())
+    falls = {name: ends["many"][1] < share * ends["one"][0] for name, share in _FALLS.items()}
+    status = MASKED if withstands and falls[MASKED] else SUSPICIOUS if withstands and falls[SUSPICIOUS] else PASS
+    return Check(
+        "what withstands one step withstands many",
+        status,
+        f"{percent(lab.clean)} clean, {percent(one)} after one step, {percent(many)} after many",
+        f"one step leaves over {100 * _WITHSTANDS:.0f} % of the clean accuracy; many leave less than a quarter (suspicious) or an eighth "
+        "(masked) of what one does; by the intervals' ends",
+        "A network that keeps much of its accuracy under one step and loses it to many small ones is flat at the images alone: after "
+        "single-step training, catastrophic overfitting (Wong et al. 2020); after gradient regularisation, a penalty that reaches no "
+        "further than the images. Its accuracy against single steps says nothing.",
+        {"clean": float(lab.clean.mean()), "one": float(one.mean()), "many": float(many.mean())},
+    )
+
+
+# An undefended network on MNIST keeps half of its accuracy under one step where many leave a fifth of that (eps 0.1), and less
+# under one step where many leave less (0.125: a third, and a sixteenth); adversarial training keeps over half of it.
+_WITHSTANDS = 0.4
+_FALLS = {SUSPICIOUS: 1 / 4, MASKED: 1 / 8}
+
+
+def random_noise(lab: Laboratory) -> list[Check]:
+    """Whether blind guessing does more than gradients."""
+    return [
+        beats(
+            "gradients beat random noise",
+            lab.strongest(),
+            (f"the worst of {lab.budget.noise_draws} random perturbations", lab.scored("random noise", lab.noise)),
+            "An attack that knows the network must do more harm than one that guesses.",
+        )
+    ]
+
+
+def radius(lab: Laboratory) -> list[Check]:
+    """Accuracy against eps: down to about 0, and never up."""
+    whole = 1.0 if lab.threat.norm == "Linf" else math.sqrt(lab.x[0].numel())
+    steps = min(50, lab.budget.max_iter)
+    radii = sorted({min(share * lab.threat.eps, whole) for share in RADII} | {whole})
+    curve = {}
+    for eps in radii:
+        ball = ThreatModel(lab.threat.norm, eps)
+        parts = [
+            lab.under(f"PGD-{steps} at eps {eps:g}", lab.pgd(threat=ball, max_iter=steps, loss=loss))
+            for loss in ("cross-entropy", "margin")
+        ]
+        curve[eps] = torch.minimum(*parts)
+    left = curve[whole]
+    low = binomial_interval(round(float(left.sum())), len(left))[0]
+    rises = [paired_difference(curve[b], curve[a]) for a, b in pairwise(radii)]
+    rise = max(rises, key=lambda difference: difference.low)
+    figures = {"accuracy": {f"{eps:.6g}": float(score.mean()) for eps, score in curve.items()}}
+    status = MASKED if low > ORDERS.convicts else SUSPICIOUS if low > ORDERS.doubts else PASS
+    return [
+        Check(
+            "accuracy falls to 0 as eps grows",
+            status,
+            f"{percent(left)} at eps {whole:.3g}, the whole pixel range",
+            f"suspicious: interval above {100 * ORDERS.doubts:.0f} %; masked: above {100 * ORDERS.convicts:.0f} %",
+            "With the whole range any image can be turned into any other, so nothing can be left but what an attack fails to find.",
+            figures,
+        ),
+        Check(
+            "accuracy never rises with eps",
+            ORDERS.status(rise),
+            f"largest rise from one radius to the next: {rise}",
+            str(ORDERS),
+            "A larger ball holds the smaller one; an attack that does worse in it was led astray by the gradients.",
+            figures,
+        ),
+    ]
+
+
+def logit_scale(lab: Laboratory) -> list[Check]:
+    """Whether the cross-entropy attack is held up by nothing but the size of the logits."""
+    network = Averaged(lab.model, lab.budget.eot) if lab.randomised else lab.model
+    divisor = max(lab.gap, 1e-12)
+    rescaled = lab.scored("PGD-20, logits rescaled", lab.pgd(model=Rescaled(network, divisor), max_iter=20))
+    # A cross-entropy that is merely sharp costs an honest attack a few points; one that underflows costs it everything.
+    return [
+        beats(
+            "the size of the logits hides nothing",
+            ("PGD-20 on the cross-entropy", lab.pgd20()),
+            (f"the same with logits divided by {divisor:.3g}", rescaled),
+            "Dividing the logits changes no decision. When it helps an attack, the cross-entropy's gradient had vanished under large "
+            "logits, and every figure that rests on it is too high.",
+            SCALE,
+        )
+    ]
