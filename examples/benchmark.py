@@ -1,0 +1,115 @@
+"""
+The experiments behind the README's and the cards' tables: one JSON a run in ``examples/results/``, tables and figures made from them.
+
+    python examples/benchmark.py run digits                                  every arm and seed that has no file yet
+    python examples/benchmark.py run mnist-0.2 --data mnist.npz --seeds 0,1
+    python examples/benchmark.py list                                        what there is and what is missing
+    python examples/benchmark.py pages                                       tables and figures anew, from the files
+
+A run that is interrupted is run again from its beginning; one that stands is left alone unless the grid's settings changed. To use
+several processors, start several processes on different seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from benchmarking.grids import GRIDS, contestant
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def standing(out: Path, grid: str, name: str, seed: int) -> bool:
+    """Whether the run is there, made with the grid's present settings."""
+    from benchmarking.running import SCHEMA, file_of, settings_of
+
+    path = file_of(out, grid, name, seed)
+    if not path.is_file():
+        return False
+    page = json.loads(path.read_text(encoding="utf-8"))
+    return page["schema"] == SCHEMA and page["settings"] == settings_of(
+        GRIDS[grid], contestant(name, GRIDS[grid]), seed
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run what is missing, seed by seed."""
+    import torch
+    from benchmarking.running import read_data, run_one
+
+    grid = GRIDS[args.grid]
+    if not grid.data and args.data is None:
+        print(f"error: --data: got nothing, expected the file of {grid.title}", file=sys.stderr)
+        return 2
+    arms = grid.arms if args.arms is None else tuple(args.arms.split(","))
+    if unknown := [name for name in arms if name not in grid.arms]:
+        print(f"error: --arms: got {unknown[0]!r}, expected some of {', '.join(grid.arms)}", file=sys.stderr)
+        return 2
+    torch.set_num_threads(args.threads)
+    data = read_data(grid, args.data)
+    for seed in range(grid.seeds) if args.seeds is None else map(int, args.seeds.split(",")):
+        for name in arms:
+            if standing(args.out, args.grid, name, seed):
+                continue
+            began = time.perf_counter()
+            page = run_one(args.grid, name, seed, data, args.out)
+            figures = (page[key]["accuracy"] for key in ("clean", "pgd20", "autoattack", "transfer"))
+            print(
+                f"{args.grid} {name} seed {seed}: " + " ".join(f"{100 * value:.1f}" for value in figures),
+                page.get("audit", {}).get("verdict", ""),
+                f"{time.perf_counter() - began:.0f} s",
+                flush=True,
+            )
+    return 0
+
+
+def show(args: argparse.Namespace) -> int:
+    """Say what stands and what is missing."""
+    for key, grid in GRIDS.items():
+        missing = [
+            f"{name} seed {seed}"
+            for seed in range(grid.seeds)
+            for name in grid.arms
+            if not standing(args.out, key, name, seed)
+        ]
+        total = grid.seeds * len(grid.arms)
+        print(f"{key}: {total - len(missing)} of {total} runs" + (f"; next: {missing[0]}" if missing else ""))
+    return 0
+
+
+def pages(args: argparse.Namespace) -> int:
+    """Write tables and figures."""
+    from benchmarking.pages import write_all
+
+    for path in write_all(args.out, Path(__file__).parent.parent):
+        print(path)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("run", help="run what is missing")
+    command.add_argument("grid", choices=GRIDS)
+    command.add_argument("--data", help="the file of a grid that has no data of its own: an .npz or a folder of .npy")
+    command.add_argument("--arms", help="some of the grid's, comma-separated (default: all)")
+    command.add_argument("--seeds", help="comma-separated (default: the grid's)")
+    command.add_argument(
+        "--threads", type=int, default=1, help="of torch; figures depend on it a little (default: %(default)s)"
+    )
+    command.set_defaults(act=run)
+    commands.add_parser("list", help="what stands and what is missing").set_defaults(act=show)
+    commands.add_parser("pages", help="write tables and figures from the files").set_defaults(act=pages)
+    for command in commands.choices.values():
+        command.add_argument("--out", type=Path, default=RESULTS, help="the folder of results (default: %(default)s)")
+    args = parser.parse_args(argv)
+    return args.act(args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,119 @@
+"""What is claimed, and beside what it stands: the arms of each page's table and figure, and the differences that decide a claim."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["CLAIMS", "HEADLINE", "Claim"]
+
+HEADLINE = (
+    "standard",
+    "fgsm-rs",
+    "pgd-at",
+    "trades",
+    "mart",
+    "alp",
+    "adv-gsct",
+    "j-sigr@silu",
+    "aalp",
+    "fsr+pgd-at",
+    "fsr+trades",
+)
+"""The rows of the README's table."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """
+    One page's question.
+
+    :ivar title: Of the figure. :ivar arms: Rows and bars, in order.
+    :ivar differences: (arm, versus): robust accuracies subtracted seed by seed; an arm's gain stands against each control alone.
+    """
+
+    title: str
+    arms: tuple[str, ...]
+    differences: tuple[tuple[str, str], ...]
+
+
+CLAIMS = {
+    "adv-gsct": Claim(
+        "Adv-GSCT beside single-step and multi-step training, and without each of its terms",
+        (
+            "fgsm-rs",
+            "pgd-at",
+            "adv-gsct",
+            "adv-gsct:consensus=0",
+            "adv-gsct:prediction_consensus=0",
+            "adv-gsct:rho=0",
+        ),
+        (
+            ("adv-gsct", "fgsm-rs"),
+            ("adv-gsct", "pgd-at"),
+            ("adv-gsct", "adv-gsct:consensus=0"),
+            ("adv-gsct", "adv-gsct:prediction_consensus=0"),
+            ("adv-gsct", "adv-gsct:rho=0"),
+        ),
+    ),
+    "j-sigr": Claim(
+        "J-SIGR, a smooth activation, and its selective term",
+        ("standard", "pgd-at", "pgd-at@silu", "j-sigr", "j-sigr@silu", "j-sigr:lambda_s=0@silu"),
+        (
+            ("j-sigr@silu", "pgd-at"),
+            ("j-sigr@silu", "pgd-at@silu"),
+            ("j-sigr@silu", "j-sigr"),
+            ("j-sigr@silu", "j-sigr:lambda_s=0@silu"),
+        ),
+    ),
+    "aalp": Claim(
+        "AALP beside ALP, with each module alone, and with a random mask",
+        ("pgd-at", "alp", "alp:clean_weight=0", "aalp", "aalp:rate=0", "aalp:weighting=constant", "aalp:guide=random"),
+        (
+            ("aalp", "alp"),
+            ("aalp", "pgd-at"),
+            ("aalp", "alp:clean_weight=0"),
+            ("aalp", "aalp:rate=0"),
+            ("aalp", "aalp:weighting=constant"),
+            ("aalp", "aalp:guide=random"),
+        ),
+    ),
+    "fsr": Claim(
+        "FSR beside its base and its controls",
+        (
+            "pgd-at",
+            "adapter+pgd-at",
+            "fsr+pgd-at",
+            "fsr+pgd-at:lambda_sep=0:lambda_rec=0",
+            "fsr+pgd-at without noise",
+            "trades",
+            "fsr+trades",
+        ),
+        (
+            ("fsr+pgd-at", "pgd-at"),
+            ("fsr+pgd-at", "adapter+pgd-at"),
+            ("fsr+pgd-at", "fsr+pgd-at:lambda_sep=0:lambda_rec=0"),
+            ("fsr+pgd-at", "fsr+pgd-at without noise"),
+            ("fsr+trades", "trades"),
+        ),
+    ),
+    "combinations": Claim(
+        "Combinations, with weight averaging (EMA) and adversarial weight perturbation (AWP)",
+        (
+            "pgd-at",
+            "pgd-at:ema=0.99:awp=0.005",
+            "trades:ema=0.99:awp=0.005",
+            "aalp:ema=0.99:awp=0.005",
+            "fsr+pgd-at:ema=0.99:awp=0.005",
+            "fsr+adv-gsct",
+            "fsr+aalp",
+        ),
+        (
+            ("fsr+pgd-at:ema=0.99:awp=0.005", "pgd-at"),
+            ("aalp:ema=0.99:awp=0.005", "pgd-at"),
+            ("pgd-at:ema=0.99:awp=0.005", "pgd-at"),
+            ("fsr+adv-gsct", "adv-gsct"),
+            ("fsr+aalp", "aalp"),
+        ),
+    ),
+}
+"""By page: the four cards, and the combinations."""

@@ -1,0 +1,200 @@
+"""What is run: for each data set one network, one budget and one schedule for every arm, the controls included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from art_saliency.cli._arms import Arm, parse_arm
+from art_saliency.methods.fsr import fsr_layers, insert_adapter, insert_fsr
+from art_saliency.modes import evaluating
+
+__all__ = ["GRIDS", "Contestant", "Grid", "contestant"]
+
+Prepare = Callable[[nn.Module, Tensor], object]
+"""(network, images (2, C, H, W) in [0, 1]): changes a fresh network."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """
+    One arm, or a control that no command line can name.
+
+    :ivar name: In files and tables. :ivar arm: How it is trained. :ivar prepare: What is done to the fresh network.
+    """
+
+    name: str
+    arm: Arm
+    prepare: Prepare | None = None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """
+    One data set, one network, one budget.
+
+    :ivar title: What tables call it. :ivar data: Of the command line's ``--data``; "" must be given, as a file.
+    :ivar network: Arguments of ``build_network`` beside the data's own. :ivar train_images: The first so many; ``None`` is all.
+    :ivar images: Test images for AutoAttack, the first ones. :ivar arms: What is trained.
+    :ivar parameters: Of every method that takes them. :ivar options: Of every run. :ivar seeds: How many, from 0.
+    :ivar audited: Test images of the audit, for seed 0. :ivar hidden: Width of the FSR layer and of its control.
+    """
+
+    title: str
+    data: str
+    network: dict[str, Any]
+    eps: float
+    epochs: int
+    batch_size: int
+    lr: float
+    images: int
+    arms: tuple[str, ...]
+    seeds: int
+    audited: int
+    hidden: int
+    train_images: int | None = None
+    augment: str | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def _last_stage(model: nn.Module) -> str:
+    return str(model.stages[-1])
+
+
+def _adapter(grid: Grid) -> Prepare:
+    """F + R(f), as many parameters as the FSR layer: what a gain must exceed to be FSR's."""
+    return lambda model, x: insert_adapter(model, _last_stage(model), x, fsr_hidden=grid.hidden)
+
+
+def _noiseless(grid: Grid) -> Prepare:
+    """An FSR layer whose masks are those of eval mode in training too."""
+
+    def prepare(model: nn.Module, x: Tensor) -> None:
+        with evaluating(model), torch.no_grad():
+            classes = model(x).shape[1]
+        insert_fsr(model, _last_stage(model), classes, x, hidden=grid.hidden)
+        for layer in fsr_layers(model).values():
+            layer._quiet = True  # what `deterministic` sets for a while, for the network's whole life
+
+    return prepare
+
+
+_CONTROLS: dict[str, tuple[str, Callable[[Grid], Prepare]]] = {
+    "adapter+pgd-at": ("pgd-at", _adapter),
+    "adapter+trades": ("trades", _adapter),
+    "fsr+pgd-at without noise": ("pgd-at", _noiseless),
+}
+
+
+def contestant(name: str, grid: Grid) -> Contestant:
+    """:return: The arm of that name; FSR's layers get the grid's width, and the grid's parameters go to all that take them."""
+    text, control = _CONTROLS.get(name, (name, None))
+    if text.startswith("fsr+") and "hidden=" not in text:
+        method, at, activation = text.partition("@")
+        text = f"{method}:hidden={grid.hidden}{at}{activation}"
+    plain = parse_arm(text)
+    method = plain.parameters.get("base", plain.trainer)
+    parameters = {**{k: v for k, v in grid.parameters.items() if k in _parameter_names(method)}, **plain.parameters}
+    options = {**grid.options, **plain.options}
+    arm = Arm(name, plain.method, plain.trainer, parameters, plain.network, options)
+    return Contestant(name, arm, None if control is None else control(grid))
+
+
+def _parameter_names(method: str) -> tuple[str, ...]:
+    from art_saliency.methods import OBJECTIVES
+
+    return OBJECTIVES[method].parameter_names()
+
+
+_METHODS = (
+    "standard",
+    "fgsm-rs",
+    "pgd-at",
+    "trades",
+    "mart",
+    "alp",
+    "adv-gsct",
+    "j-sigr@silu",
+    "aalp",
+    "fsr+pgd-at",
+    "fsr+trades",
+)
+_CONTROL_ARMS = (
+    "adapter+pgd-at",
+    "fsr+pgd-at:lambda_sep=0:lambda_rec=0",
+    "fsr+pgd-at without noise",
+    "adv-gsct:consensus=0",
+    "adv-gsct:prediction_consensus=0",
+    "adv-gsct:rho=0",
+    "j-sigr",
+    "j-sigr:lambda_s=0@silu",
+    "pgd-at@silu",
+    "aalp:rate=0",
+    "aalp:weighting=constant",
+    "aalp:guide=random",
+    "alp:clean_weight=0",
+)
+_COMBINATIONS = (
+    "fsr+adv-gsct",
+    "fsr+aalp",
+    "pgd-at:ema=0.99:awp=0.005",
+    "trades:ema=0.99:awp=0.005",
+    "aalp:ema=0.99:awp=0.005",
+    "fsr+pgd-at:ema=0.99:awp=0.005",
+)
+_MNIST = {
+    "data": "",
+    "network": {"name": "small-cnn", "activation": "relu", "width": None},
+    "epochs": 6,
+    "batch_size": 64,
+    "lr": 0.005,
+    "images": 200,
+    "arms": (*_METHODS, *_CONTROL_ARMS),
+    "seeds": 3,
+    "audited": 100,
+    "hidden": 16,
+    "train_images": 4000,
+    "parameters": {"eps_warmup_share": 0.2, "max_iter": 7},
+}
+
+GRIDS: dict[str, Grid] = {
+    "digits": Grid(
+        title="digits, Linf 0.2, small CNN of width 16",
+        data="digits",
+        network={"name": "small-cnn", "activation": "relu", "width": 16},
+        eps=0.2,
+        epochs=30,
+        batch_size=128,
+        lr=0.01,
+        images=360,
+        arms=(*_METHODS, *_CONTROL_ARMS, *_COMBINATIONS),
+        seeds=5,
+        audited=100,
+        hidden=16,
+    ),
+    "mnist-0.2": Grid(title="MNIST (4,000 training images), Linf 0.2, small CNN", eps=0.2, **_MNIST),
+    "mnist-0.3": Grid(title="MNIST (4,000 training images), Linf 0.3, small CNN", eps=0.3, **_MNIST),
+    "cifar10-jpeg-10k": Grid(
+        title="JPEG-75 CIFAR-10, 10,000 training images, Linf 8/255, ResNet-18 of width 16",
+        data="",
+        network={"name": "resnet18", "activation": "relu", "width": 16},
+        eps=8 / 255,
+        epochs=10,
+        batch_size=128,
+        lr=0.01,
+        images=200,
+        arms=(*_METHODS, "pgd-at@silu", "adapter+pgd-at"),
+        seeds=1,
+        audited=100,
+        hidden=16,
+        train_images=10_000,
+        augment="crop-flip",
+        parameters={"eps_warmup_share": 0.2, "max_iter": 5},
+    ),
+}
+"""By name. A grid without data of its own is given a file: ``--data mnist.npz``."""

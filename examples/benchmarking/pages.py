@@ -1,0 +1,221 @@
+"""What is made of the stored runs: tables in the README, the cards and ``results/RESULTS.md``, and figures."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from art_saliency.evaluation.table import markdown_table
+from benchmarking.claims import CLAIMS, HEADLINE
+from benchmarking.figures import draw_all
+from benchmarking.grids import GRIDS
+
+__all__ = ["load_runs", "rendered", "write_all"]
+
+Runs = dict[str, dict[str, list[dict[str, Any]]]]
+"""grid -> arm -> runs, by seed."""
+
+_BEGIN, _END = "<!-- results -->", "<!-- end of results -->"
+_PLACE = re.compile(f"{_BEGIN}(.*?){_END}", re.DOTALL)
+_CARDS = ("adv-gsct", "j-sigr", "aalp", "fsr")
+_HEADER = ("arm", "seeds", "clean %", "PGD-20 %", "AutoAttack %", "transfer %", "consensus", "passes / step", "audit")
+_NOTE = (
+    "Mean and standard deviation over seeds; AutoAttack `standard` and transferred attacks (the worst of five from a standard and a "
+    "PGD-AT network and from both) on the first {images} test images; consensus is the mean cosine of loss-gradient saliency, clean "
+    "and under PGD-20, on 100 images; a pass is a forward-backward pass of standard training, counted; the audit is seed 0's, on {audited}."
+)
+
+
+def load_runs(folder: Path) -> Runs:
+    """:return: All stored runs, in the order of the grids."""
+    runs: Runs = {}
+    for grid, settings in GRIDS.items():
+        pages = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / grid).glob("*.json"))]
+        by_arm = {arm: sorted((p for p in pages if p["arm"] == arm), key=lambda p: p["seed"]) for arm in settings.arms}
+        if found := {arm: those for arm, those in by_arm.items() if those}:
+            runs[grid] = found
+    return runs
+
+
+def _spread(values: Sequence[float | None], digits: int = 1, scale: float = 100) -> str:
+    known = [scale * value for value in values if value is not None]
+    if not known:
+        return "-"
+    mean = f"{statistics.fmean(known):.{digits}f}"
+    return mean if len(known) == 1 else f"{mean} +- {statistics.stdev(known):.{digits}f}"
+
+
+def _verdict(runs: Iterable[dict[str, Any]]) -> str:
+    return next((run["audit"]["verdict"].split()[0] for run in runs if "audit" in run), "-")
+
+
+def _row(arm: str, runs: list[dict[str, Any]]) -> tuple[str, ...]:
+    return (
+        arm,
+        str(len(runs)),
+        *(_spread([run[key]["accuracy"] for run in runs]) for key in ("clean", "pgd20", "autoattack", "transfer")),
+        _spread([run["saliency"]["consensus"]["mean"] for run in runs], 2, 1),
+        f"{statistics.median(run['cost']['passes_per_step'] for run in runs):.1f}",
+        _verdict(runs),
+    )
+
+
+def _table(runs: Runs, grid: str, arms: Iterable[str]) -> str:
+    return markdown_table(_HEADER, [_row(arm, runs[grid][arm]) for arm in arms if arm in runs[grid]])
+
+
+def difference(runs: Runs, grid: str, arm: str, versus: str, key: str = "autoattack") -> list[float]:
+    """:return: Seed by seed, in points."""
+    found = runs.get(grid, {})
+    other = {run["seed"]: run[key]["accuracy"] for run in found.get(versus, [])}
+    return [100 * (run[key]["accuracy"] - other[run["seed"]]) for run in found.get(arm, []) if run["seed"] in other]
+
+
+def _judgement(values: Sequence[float]) -> str:
+    """A benefit stands when it exceeds two standard deviations over three seeds at least."""
+    if len(values) < 3:
+        return "too few seeds"
+    mean, deviation = statistics.fmean(values), statistics.stdev(values)
+    return "stands" if mean > 2 * deviation else "a loss" if mean < -2 * deviation else "open"
+
+
+def _differences(runs: Runs, grid: str, pairs: Iterable[tuple[str, str]]) -> str:
+    rows = []
+    for arm, versus in pairs:
+        values = difference(runs, grid, arm, versus)
+        if values:
+            shown = f"{statistics.fmean(values):+.1f}" + (
+                f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            )
+            rows.append((arm, versus, str(len(values)), shown, _judgement(values)))
+    return markdown_table(("arm", "against", "seeds", "AutoAttack, points", "verdict"), rows, left=2) if rows else ""
+
+
+def _section(runs: Runs, grid: str, arms: Sequence[str], pairs: Iterable[tuple[str, str]]) -> list[str]:
+    settings, count = GRIDS[grid], sum(map(len, runs[grid].values()))
+    shared = f"{settings.epochs} epochs of Adam (one cycle, peak {settings.lr:g}, batches of {settings.batch_size})"
+    command = f"python examples/benchmark.py run {grid}{'' if settings.data else ' --data FILE'}"
+    note = _NOTE.format(images=settings.images, audited=settings.audited)
+    lines = [
+        f"**{settings.title}**, {shared}, `{command}` ({count} of {settings.seeds * len(settings.arms)} runs stand).",
+        "",
+    ]
+    lines += [_table(runs, grid, arms), "", note, ""]
+    if table := _differences(runs, grid, pairs):
+        lines += [
+            "Seed by seed; a difference *stands* where its mean exceeds two standard deviations over at least three seeds:",
+            "",
+            table,
+            "",
+        ]
+    return lines
+
+
+def _readme(runs: Runs) -> str:
+    lines: list[str] = []
+    for grid in runs:
+        lines += _section(runs, grid, HEADLINE, ())
+    lines += ["![Robustness against cost](examples/results/figures/cost.png)", ""]
+    lines += [
+        "All arms, controls, combinations, differences and figures: [examples/results/RESULTS.md](examples/results/RESULTS.md)."
+    ]
+    return "\n".join(lines)
+
+
+def _card(runs: Runs, name: str) -> str:
+    lines: list[str] = []
+    for grid in runs:
+        lines += _section(runs, grid, CLAIMS[name].arms, CLAIMS[name].differences)
+    return "\n".join(
+        [*lines, f"Figure: `examples/results/figures/{name}.png`. Every number's run: `examples/results/`."]
+    )
+
+
+def _results(runs: Runs) -> str:
+    lines = [
+        "# Results",
+        "",
+        "Made by `python examples/benchmark.py pages` from the files beside this page, one a run; each names its command.",
+        "",
+    ]
+    for grid in runs:
+        lines += [
+            f"## {GRIDS[grid].title}",
+            "",
+            *_section(runs, grid, GRIDS[grid].arms, [p for claim in CLAIMS.values() for p in claim.differences]),
+        ]
+    lines += ["## Figures", ""]
+    for name, words in [("cost", "Robustness against cost"), *((name, claim.title) for name, claim in CLAIMS.items())]:
+        lines += [f"![{words}](figures/{name}.png)", ""]
+    lines += ["## Interpretability", "", *_interpretability(runs)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _interpretability(runs: Runs) -> list[str]:
+    names = ("consensus", "gini", "top_mass", "edge_alignment", "insertion", "deletion")
+    lines: list[str] = []
+    for grid, found in runs.items():
+        rows = [
+            (arm, *(_spread([r["saliency"][n]["mean"] for r in those], 3, 1) for n in names))
+            for arm, those in found.items()
+        ]
+        lines += [f"**{GRIDS[grid].title}**", "", markdown_table(("arm", *names), rows), ""]
+        lines += [
+            f"Rank correlation over {len(rows)} arms, of the means over seeds: consensus and AutoAttack accuracy {_relation(found):+.2f}.",
+            "",
+        ]
+    lines += ["Loss-gradient maps of clean images; consensus is with the maps of their PGD-20 versions.", ""]
+    return [
+        *lines,
+        "![Consensus and robustness](figures/consensus.png)",
+        "",
+        "![Saliency of every arm](figures/saliency.png)",
+    ]
+
+
+def _relation(found: dict[str, list[dict[str, Any]]]) -> float:
+    """Spearman's rank correlation between consensus and AutoAttack accuracy over the arms."""
+    from scipy.stats import spearmanr
+
+    pairs = [
+        (
+            statistics.fmean(r["saliency"]["consensus"]["mean"] for r in those),
+            statistics.fmean(r["autoattack"]["accuracy"] for r in those),
+        )
+        for those in found.values()
+    ]
+    return float(spearmanr(*zip(*pairs, strict=True)).statistic) if len(pairs) > 2 else float("nan")
+
+
+def rendered(runs: Runs, root: Path) -> dict[Path, str]:
+    """:return: Every page as it should be, by its path."""
+    pages = {root / "examples" / "results" / "RESULTS.md": _results(runs)}
+    places = {
+        root / "README.md": _readme(runs),
+        **{root / "art_saliency" / "methods" / f"{n.replace('-', '_')}.md": _card(runs, n) for n in _CARDS},
+    }
+    for path, text in places.items():
+        parts = _PLACE.split(path.read_text(encoding="utf-8"))
+        if len(parts) != 3:
+            raise SystemExit(f"{path}: got {len(parts) // 2} places for results, expected {_BEGIN} and {_END} once")
+        pages[path] = f"{parts[0]}{_BEGIN}\n{text}\n{_END}{parts[2]}"
+    return pages
+
+
+def write_all(folder: Path, root: Path) -> list[Path]:
+    """
+    Write tables and figures.
+
+    :param folder: Of the runs. :param root: Of the project. :return: What was written.
+    """
+    runs = load_runs(folder)
+    if not runs:
+        raise SystemExit(f"{folder}: got no runs, expected some; python examples/benchmark.py run digits")
+    pages = rendered(runs, root)
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
+    return [*pages, *draw_all(runs, folder / "figures")]

@@ -1,0 +1,208 @@
+"""How one arm with one seed is run: trained, attacked, explained, and written down."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from art_saliency._version import __version__
+from art_saliency.attacks import pgd
+from art_saliency.cli._arms import Budget, Trained, cost_of, train_arm
+from art_saliency.data import DataSet, load_data, to_unit
+from art_saliency.evaluation.audit import audit
+from art_saliency.evaluation.autoattack import autoattack
+from art_saliency.evaluation.saliency import map_metrics, mean_and_error
+from art_saliency.evaluation.saliency_maps import named_maps
+from art_saliency.evaluation.summary import summarise
+from art_saliency.evaluation.transfer import transfer
+from art_saliency.files import write_file
+from art_saliency.methods.fsr import FSRLayer, mask_share_inside
+from art_saliency.randomness import RandomSource
+from art_saliency.threat import ThreatModel
+from art_saliency.training.records import versions
+from benchmarking.grids import GRIDS, Contestant, Grid, contestant
+
+__all__ = ["SCHEMA", "file_of", "run_one", "settings_of"]
+
+SCHEMA = 1
+_EXPLAINED = 100
+_SHOWN = 8
+_SURROGATES = ("standard", "pgd-at")
+_SURROGATE_SEED = 1000
+
+
+def file_of(folder: Path, grid: str, name: str, seed: int) -> Path:
+    """:return: Where the run stands."""
+    plain = name.replace(":", "_").replace("=", "").replace(" ", "-").replace("@", "-")
+    return folder / grid / f"{plain}-seed{seed}.json"
+
+
+def settings_of(grid: Grid, entry: Contestant, seed: int) -> dict[str, Any]:
+    """:return: All that a run depends on beside versions and hardware, JSON-able: a stored run with other settings is run again."""
+    shared = {k: v for k, v in asdict(grid).items() if k not in ("arms", "title", "seeds", "audited")}
+    return json.loads(json.dumps({**shared, "arm": asdict(entry.arm), "seed": seed, "data": grid.data or "a file"}))
+
+
+def run_one(grid_name: str, name: str, seed: int, data: DataSet, out: Path, *, quiet: bool = True) -> dict[str, Any]:
+    """
+    Train one arm with one seed and learn what it is worth.
+
+    :param data: The grid's, whole. :param out: The folder of results; one file is written into it, at the end.
+    :return: What is in the file.
+    """
+    grid = GRIDS[grid_name]
+    entry, budget = contestant(name, grid), _budget(grid, data, seed, quiet)
+    trained = train_arm(entry.arm, budget, prepare=entry.prepare)
+    model = trained.trainer.get_classifier().model
+    page = {
+        "schema": SCHEMA,
+        "grid": grid_name,
+        "arm": name,
+        "seed": seed,
+        "command": f"python examples/benchmark.py run {grid_name}{'' if grid.data else ' --data FILE'} --arms '{name}' --seeds {seed}",
+        "settings": settings_of(grid, entry, seed),
+        "method": trained.trainer.config(),
+        "data_sha256": data.fingerprint(),
+        "versions": {**versions(), "art-saliency": __version__},
+        "commit": _commit(),
+        "hardware": {"processor": _processor(), "threads": torch.get_num_threads(), "device": str(budget.device)},
+        "history": {key: trained.trainer.history.column(key) for key in trained.trainer.history[-1]},
+        "cost": cost_of(trained.trainer, budget),
+        **_judged(grid_name, model, trained, budget, audited=grid.audited if seed == 0 else 0),
+    }
+    path = file_of(out, grid_name, name, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, lambda file: file.write(json.dumps(page, indent=1).encode()))
+    return page
+
+
+def _budget(grid: Grid, data: DataSet, seed: int, quiet: bool = True) -> Budget:
+    count = grid.train_images
+    return Budget(
+        data=replace(data, x_train=data.x_train[:count], y_train=data.y_train[:count]),
+        spec={},
+        network={**grid.network, "num_classes": data.num_classes, "input_shape": list(data.input_shape)},
+        threat=ThreatModel("Linf", grid.eps),
+        epochs=grid.epochs,
+        batch_size=grid.batch_size,
+        lr=grid.lr,
+        images=min(grid.images, len(data.x_test)),
+        seed=seed,
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        quiet=quiet,
+        augment=grid.augment,
+    )
+
+
+def _judged(grid_name: str, model: nn.Module, trained: Trained, budget: Budget, *, audited: int) -> dict[str, Any]:
+    data, threat, seed = budget.data, budget.threat, budget.seed
+    x, y = to_unit(data.x_test[: budget.images]).to(budget.device), data.y_test[: budget.images].to(budget.device)
+    summary = summarise(model, x, y, threat=threat, seed=seed, progress=False)
+    sources = _surrogates(grid_name, data, seed)
+    transferred = transfer(model, x, y, surrogates=sources, threat=threat, seed=seed)
+    found: dict[str, Any] = {
+        **summary.to_json(),
+        "transfer": _short(transferred.to_json()),
+        "saliency": _explained(model, x[:_EXPLAINED], y[:_EXPLAINED], threat),
+        "maps": _packed(named_maps(0)["loss-gradient"](model, x[:_SHOWN], y[:_SHOWN])),
+    }
+    if any(isinstance(module, FSRLayer) for module in model.modules()):
+        found["mask_share_inside"] = mask_share_inside(model, x)
+    if audited:
+        some = slice(0, audited)
+        report = audit(
+            model,
+            x[some],
+            y[some],
+            eps=threat.eps,
+            autoattack_result=autoattack(model, x[some], y[some], eps=threat.eps, seed=seed, progress=False),
+            transferred=transferred.correct[some],
+            variants=trained.trainer.objective.adaptive_variants(),
+            progress=False,
+        )
+        found["audit"] = {
+            "verdict": report.verdict,
+            "reasons": report.reasons,
+            "images": report.count,
+            "checks": [{"name": c.name, "status": c.status, "figure": c.figure} for c in report.checks],
+        }
+    return found
+
+
+def _explained(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> dict[str, Any]:
+    """Metrics of loss-gradient maps of clean images and of their PGD-20 versions: mean and standard error."""
+    explain = named_maps(0)["loss-gradient"]
+    x_adv = pgd(model, x, y, threat=threat, max_iter=20, random=RandomSource(0, x.device))
+    values = map_metrics(model, x, y, explain(model, x, y), explain(model, x_adv, y))
+    return {name: mean_and_error(value) for name, value in values.items()}
+
+
+def _packed(maps: Tensor) -> dict[str, Any]:
+    """Maps (N, 1, H, W), each scaled to its own maximum, as bytes in text: a figure of all arms is drawn from files alone."""
+    size = maps.abs().sum(1)
+    size = size / size.flatten(1).amax(1).clamp_min(1e-30)[:, None, None]
+    data = (255 * size).round().to(torch.uint8).cpu().numpy().tobytes()
+    return {"shape": list(size.shape), "base64": base64.b64encode(data).decode()}
+
+
+def _short(page: Mapping[str, Any]) -> dict[str, Any]:
+    kept = ("accuracy", "interval_95", "count", "surrogates", "attacks", "max_iter", "eps_step", "surrogates_sha256")
+    rows = [[row["surrogate"], row["attack"], row["accuracy"]] for row in page["rows"]]
+    return {**{name: page[name] for name in kept}, "rows": rows}
+
+
+def _surrogates(grid_name: str, data: DataSet, seed: int) -> dict[str, nn.Module]:
+    """A standard and a PGD-AT network of the same grid, from a seed that no arm has; trained once a seed."""
+    grid = GRIDS[grid_name]
+    key = (json.dumps(asdict(grid)), seed)
+    if key not in _KEPT:
+        _KEPT.clear()
+        budget = _budget(grid, data, _SURROGATE_SEED + seed)
+        trained = {name: train_arm(contestant(name, grid).arm, budget) for name in _SURROGATES}
+        _KEPT[key] = {name: those.trainer.get_classifier().model for name, those in trained.items()}
+    return _KEPT[key]
+
+
+_KEPT: dict[tuple[str, int], dict[str, nn.Module]] = {}
+"""The surrogates of the seed that is being run."""
+
+
+def read_data(grid: Grid, given: str | None, root: str | None = None) -> DataSet:
+    """:return: The grid's own data, or the file that is given."""
+    return load_data(given or grid.data, root=root)
+
+
+def _commit() -> str | None:
+    """The project's commit, where there is one; "+" when files differ from it."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", "../../art_saliency") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return (
+            next(line.split(":")[1].strip() for line in lines if line.startswith("model name")) + f" x {os.cpu_count()}"
+        )
+    except (OSError, StopIteration):
+        return platform.processor()

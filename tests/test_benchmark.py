@@ -1,0 +1,197 @@
+"""The stored experiments: every run is the grid's, every table and figure shows what the runs say, and the runner does what it says."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shlex
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+import benchmark  # noqa: E402
+from benchmarking import grids, pages, running  # noqa: E402
+from benchmarking.claims import CLAIMS, HEADLINE  # noqa: E402
+from benchmarking.figures import figure_names, recorded  # noqa: E402
+
+RESULTS = ROOT / "examples" / "results"
+STORED = sorted(RESULTS.glob("*/*.json"))
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return pages.load_runs(RESULTS)
+
+
+# --- what is stored -------------------------------------------------------------------------------------------------
+
+
+def test_pages_are_current(runs):
+    stale = [str(path) for path, text in pages.rendered(runs, ROOT).items() if path.read_text() != text]
+    assert stale == [], "python examples/benchmark.py pages"
+
+
+@pytest.mark.parametrize("name", figure_names())
+def test_a_figure_shows_what_the_runs_say(name, runs):
+    assert recorded(RESULTS / "figures" / f"{name}.png", runs, name), "python examples/benchmark.py pages"
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_stored_run_is_the_grids_own_and_can_be_traced(path):
+    page = json.loads(path.read_text())
+    assert path == running.file_of(RESULTS, page["grid"], page["arm"], page["seed"])
+    assert benchmark.standing(RESULTS, page["grid"], page["arm"], page["seed"]), "its settings are no longer the grid's"
+    words = shlex.split(page["command"])
+    assert words[:4] == ["python", "examples/benchmark.py", "run", page["grid"]]
+    assert words[words.index("--arms") + 1] == page["arm"]
+    assert words[-1] == str(page["seed"])
+    assert len(page["data_sha256"]) == len(page["autoattack_details"]["weights_sha256"]) == 64
+    assert {"python", "torch", "numpy", "art-saliency", "pyautoattack"} <= set(page["versions"])
+    assert len(page["history"]["loss"]) == grids.GRIDS[page["grid"]].epochs
+    assert page["autoattack"]["accuracy"] <= page["pgd20"]["accuracy"] <= page["clean"]["accuracy"]
+    maps = page["maps"]
+    assert len(base64.b64decode(maps["base64"])) == np.prod(maps["shape"])
+
+
+def test_one_data_set_a_grid():
+    found = {}
+    for path in STORED:
+        page = json.loads(path.read_text())
+        found.setdefault(page["grid"], set()).add(page["data_sha256"])
+    assert {grid: len(hashes) for grid, hashes in found.items()} == dict.fromkeys(found, 1)
+
+
+# --- what is declared -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", grids.GRIDS)
+def test_every_arm_of_a_grid_can_be_trained_and_has_a_file_of_its_own(key):
+    grid = grids.GRIDS[key]
+    entries = [grids.contestant(name, grid) for name in grid.arms]
+    assert len({running.file_of(RESULTS, key, e.name, 0).name for e in entries}) == len(grid.arms)
+    for entry in entries:
+        assert json.dumps(running.settings_of(grid, entry, 0))
+        if entry.arm.trainer == "fsr":
+            assert entry.arm.parameters["hidden"] == grid.hidden
+
+
+def test_claims_name_arms_that_are_run():
+    known = set(grids.GRIDS["digits"].arms)
+    for claim in CLAIMS.values():
+        assert set(claim.arms) <= known
+        assert {arm for pair in claim.differences for arm in pair} <= known
+    assert set(HEADLINE) <= known
+
+
+def test_controls_differ_from_fsr_as_they_say():
+    from art_saliency.methods.fsr import AdapterLayer, FSRLayer
+    from art_saliency.networks import build_network
+
+    grid, x = grids.GRIDS["digits"], torch.rand(2, 1, 8, 8)
+
+    def prepared(name):
+        model = build_network("small-cnn", num_classes=10, input_shape=(1, 8, 8), width=16)
+        bare = sum(p.numel() for p in model.parameters())
+        grids.contestant(name, grid).prepare(model, x)
+        return model, sum(p.numel() for p in model.parameters()) - bare
+
+    adapter, more = prepared("adapter+pgd-at")
+    noiseless, as_many = prepared("fsr+pgd-at without noise")
+    assert [type(m) for m in adapter.modules() if isinstance(m, (AdapterLayer, FSRLayer))] == [AdapterLayer]
+    assert abs(more - as_many) / as_many < 0.1
+    noiseless.train()
+    (layer,) = [m for m in noiseless.modules() if isinstance(m, FSRLayer)]
+    f = torch.rand(2, layer.channels, 4, 4)
+    assert layer.training
+    assert torch.equal(layer.mask(f)[0], layer.mask(f)[0]), "noise"
+
+
+# --- the runner -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A grid of seconds."""
+    small = replace(
+        grids.GRIDS["digits"],
+        epochs=1,
+        train_images=128,
+        images=16,
+        seeds=2,
+        audited=0,
+        arms=("standard", "fsr+pgd-at"),
+        network={"name": "small-cnn", "activation": "relu", "width": 4},
+        parameters={"max_iter": 1},
+        hidden=4,
+    )
+    monkeypatch.setitem(grids.GRIDS, "digits", small)
+    return small
+
+
+def test_a_run_is_written_left_alone_and_made_anew_when_its_settings_change(tiny, tmp_path, monkeypatch, capsys):
+    out = ["--out", str(tmp_path)]
+    assert benchmark.main(["run", "digits", "--seeds", "0", *out]) == 0
+    files = sorted((tmp_path / "digits").glob("*.json"))
+    assert [path.stem for path in files] == ["fsr+pgd-at-seed0", "standard-seed0"]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    assert benchmark.main(["run", "digits", "--seeds", "0", *out]) == 0
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+    capsys.readouterr()
+    assert benchmark.main(["list", *out]) == 0
+    assert "digits: 2 of 4 runs; next: standard seed 1" in capsys.readouterr().out
+    monkeypatch.setitem(grids.GRIDS, "digits", replace(tiny, lr=0.02))
+    assert not benchmark.standing(tmp_path, "digits", "standard", 0)
+    page = json.loads(files[0].read_text())
+    assert page["method"]["hidden"] == 4
+    assert page["mask_share_inside"]
+    assert page["data_sha256"]
+
+
+def test_equal_seeds_give_equal_networks(tiny, tmp_path):
+    for folder in ("a", "b"):
+        assert (
+            benchmark.main(["run", "digits", "--arms", "standard", "--seeds", "1", "--out", str(tmp_path / folder)])
+            == 0
+        )
+    first, second = (json.loads((tmp_path / f / "digits" / "standard-seed1.json").read_text()) for f in ("a", "b"))
+    for page in (first, second):
+        page["autoattack_details"].pop("seconds")
+        page["history"].pop("seconds")
+        page["cost"].pop("seconds_per_epoch")
+    assert {k for k in first if first[k] != second[k]} == set()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["mnist-0.2"], "--data: got nothing, expected the file of MNIST"),
+        (["digits", "--arms", "pgd"], "--arms: got 'pgd', expected some of standard"),
+    ],
+)
+def test_wrong_words_are_answered_with_what_was_expected(words, said, capsys, tmp_path):
+    assert benchmark.main(["run", *words, "--out", str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_difference_is_taken_seed_by_seed_and_judged_by_two_deviations():
+    def arm(values):
+        return [{"seed": seed, "autoattack": {"accuracy": value}} for seed, value in values.items()]
+
+    runs = {"digits": {"a": arm({0: 0.5, 1: 0.52, 2: 0.54, 9: 0.9}), "b": arm({2: 0.5, 0: 0.45, 1: 0.47})}}
+    values = pages.difference(runs, "digits", "a", "b")
+    assert values == pytest.approx([5, 5, 4])
+    mean, deviation = statistics.fmean(values), statistics.stdev(values)
+    assert mean > 2 * deviation
+    assert pages._judgement(values) == "stands"
+    assert pages._judgement([-v for v in values]) == "a loss"
+    assert pages._judgement([5.0, -1.0, 3.0]) == "open"
+    assert pages._judgement([5.0, 5.0]) == "too few seeds"
