@@ -17,7 +17,7 @@ from torch import Tensor
 from art_saliency.errors import InputError, MissingDependencyError, UnknownOptionError
 
 _T = TypeVar("_T")
-_CHUNK = 1 << 24  # elements looked at in one go, so that checking a large array takes little memory
+_CHUNK = 1 << 22  # elements looked at in one go, so that checking a large array takes little memory
 
 
 def refuse(name: str, got: object, expected: str, remedy: str = "") -> InputError:
@@ -84,10 +84,10 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def suggestion(word: object, known: Iterable[str]) -> str:
-    """:return: ``"; did you mean 'x'?"`` when a known name is close to the word, else nothing."""
-    close = difflib.get_close_matches(str(word), list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def suggestion(word: object, known: Iterable[str], *, most: int = 1) -> str:
+    """:return: ``"; did you mean 'x'?"``, or up to so many names, when known ones are close to the word, else nothing."""
+    close = difflib.get_close_matches(str(word), list(known), n=most)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def one_of(name: str, value: Any, known: Iterable[str]) -> str:
@@ -129,7 +129,7 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.long() if tensor.dtype in (torch.uint16, torch.uint32, torch.uint64) else tensor
 
 
-def _is_mapped(array: Any) -> bool:
+def is_mapped(array: Any) -> bool:
     """:return: Whether an array, or what it is a view of, is mapped from a file."""
     while array is not None and not isinstance(array, np.memmap):
         array = getattr(array, "base", None)
@@ -146,7 +146,7 @@ def as_tensor(name: str, value: Any) -> Tensor:
         array = np.asarray(value)
         if array.dtype.kind not in "buif":
             raise TypeError(f"dtype {array.dtype}")
-        writeable = array.flags.writeable or _is_mapped(
+        writeable = array.flags.writeable or is_mapped(
             array
         )  # a mapped one may be larger than memory; nothing here writes to it
         if not writeable or any(stride < 0 for stride in array.strides):

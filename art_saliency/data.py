@@ -6,8 +6,10 @@ Pixels stay as the source has them: uint8 for 0 to 255, else float32 in [0, 1]. 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
+import signal
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Iterator
@@ -44,7 +46,7 @@ MEMORY_LIMIT = 8 << 30
 """Bytes up to which each part of a folder of images is kept in memory; :func:`image_folder_loader` streams any."""
 
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
-_CHUNK = 1 << 24  # pixels read at a time, so that a memory-mapped set is never in memory as a whole
+_CHUNK = 1 << 22  # pixels read at a time, so that a memory-mapped set is never in memory as a whole
 
 
 def to_unit(x: Tensor) -> Tensor:
@@ -383,49 +385,139 @@ def image_folder_loader(
     _checks.whole("size", size, least=1)
     _checks.whole("batch_size", batch_size, least=1)
     shorter = size if resize is None else _checks.whole("resize", resize, least=size)
-    images = _SeededImages(_images_of(Path(folder).expanduser(), train, _crop(size, shorter, at_random=train)))
-    workers = _checks.whole("num_workers", num_workers)
-    return DataLoader(
+    images = ImageFiles(images_of(Path(folder).expanduser(), train, crop(size, shorter, at_random=train)))
+    return files_loader(
         images,
+        torch.arange(len(images)),
         batch_size=batch_size,
-        sampler=_SeededOrder(len(images), train, _checks.whole("seed", seed)),
+        shuffle=train,
         drop_last=train and len(images) % batch_size == 1 < len(images),
-        num_workers=workers,
-        persistent_workers=workers > 0,
+        num_workers=_checks.whole("num_workers", num_workers),
+        seed=_checks.whole("seed", seed),
+    )
+
+
+def files_loader(
+    files: ImageFiles,
+    places: Tensor,
+    *,
+    batch_size: int,
+    shuffle: bool,
+    drop_last: bool,
+    num_workers: int,
+    seed: int,
+) -> DataLoader[Any]:
+    """
+    Decode images of files batch by batch.
+
+    :param places: Of the images that are shown. :param shuffle: Whether in a new random order every epoch.
+    :param drop_last: Whether an incomplete last batch is left out.
+    """
+    return DataLoader(
+        files,
+        batch_size=batch_size,
+        sampler=_SeededOrder(places, shuffle, seed),
+        drop_last=drop_last,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        worker_init_fn=_undisturbed,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, or every epoch would move torch's global one
     )
 
 
-class _SeededImages(Dataset[tuple[Tensor, int]]):
-    """Images by (place, seed of the crop)."""
+def _undisturbed(_: int) -> None:
+    """
+    A worker is forked with the run's own handlers of signals. Ctrl-C reaches every process of a terminal, and what the run still needs
+    of a worker, it is to have; by SIGTERM the loader ends a worker.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class ImageFiles(Dataset[tuple[Tensor, int]]):
+    """
+    Images in files, by (place, seed of the crop).
+
+    The names lie in one array: a list of a million of them would take five times the memory, and be copied into every worker.
+
+    :param images: torchvision's ImageFolder.
+    """
 
     def __init__(self, images: Any) -> None:
-        self.images, self.classes = images, tuple(images.classes)
+        self.root, self.transform, self.classes = os.fspath(images.root), images.transform, tuple(images.classes)
+        self.names = np.array([os.fsencode(file)[len(os.fsencode(self.root)) + 1 :] for file, _ in images.samples])
+        self.labels = torch.tensor(images.targets, dtype=torch.int64)
+        self.rank, self.world_size = 0, 1
+
+    def transformed(self, transform: Callable[[Any], Any]) -> ImageFiles:
+        """:return: The same files, with another transform."""
+        files = copy.copy(self)
+        files.transform = transform
+        return files
+
+    def of_rank(self, rank: int, world_size: int) -> ImageFiles:
+        """:return: The same files; of a batch, only the rows of one of several processes are decoded, and the others are zero."""
+        files = copy.copy(self)
+        files.rank, files.world_size = rank, world_size
+        return files
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.names)
+
+    def path(self, place: int) -> str:
+        """:return: The file of an image."""
+        return os.path.join(self.root, os.fsdecode(self.names[place]))
+
+    def fingerprint(self) -> str:
+        """:return: A sha256, in hex, of the files' names and lengths in bytes: reading them all could take hours."""
+        digest = hashlib.sha256()
+        for place in range(len(self)):
+            digest.update(self.names[place] + f" {os.path.getsize(self.path(place))}\n".encode())
+        return digest.hexdigest()
+
+    def image(self, place: int) -> Tensor:
+        """:return: (3, H, W) uint8."""
+        image: Tensor = self.transform(_decoded(self.path(place)))
+        return image
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         place, seed = key
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would move a GPU's generator as well
-            image, label = self.images[place]
-        return image, label
+            return self.image(place), int(self.labels[place])
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int]]:
+        """A batch at once: how torch's loaders ask for one."""
+        each = len(keys) // self.world_size
+        if self.world_size == 1 or each == 0:
+            return [self[key] for key in keys]
+        own = range(self.rank * each, (self.rank + 1) * each)
+        first = self[keys[own.start]]
+        blank = torch.zeros_like(first[0])
+        rows = [(blank, int(self.labels[place])) for place, _ in keys]
+        rows[own.start] = first
+        rows[own.start + 1 : own.stop] = [self[keys[row]] for row in own[1:]]
+        return rows
 
 
 class _SeededOrder(Sampler[tuple[int, int]]):
-    """(place, seed of the crop) of every image, the seeds new each epoch and so is the order of training."""
+    """
+    (place, seed of the crop) of every image, the seeds new each epoch and so is the order of training.
 
-    def __init__(self, count: int, train: bool, seed: int) -> None:
-        self.count, self.train, self.random = count, train, RandomSource(seed)
+    :ivar generator: What both are drawn from, under the name by which a run keeps it in its checkpoints.
+    """
+
+    def __init__(self, places: Tensor, shuffle: bool, seed: int) -> None:
+        self.places, self.shuffle, self.random = places, shuffle, RandomSource(seed)
+        self.generator = self.random.generator
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.places)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = self.random.permutation(self.count) if self.train else torch.arange(self.count)
-        seeds = torch.randint(1 << 62, (self.count,), generator=self.random.generator)
+        order = self.places[self.random.permutation(len(self))] if self.shuffle else self.places
+        seeds = torch.randint(1 << 62, (len(self),), generator=self.generator)
         return zip(order.tolist(), seeds.tolist(), strict=True)
 
 
@@ -435,7 +527,7 @@ def _image_folder(name: str, path: Path, size: int | None) -> DataSet:
         _checks.whole("size", size, least=1)
     arrays: dict[str, Any] = {}
     for part in ("train", "test"):
-        images = _images_of(path, part == "train", _crop(size, size))
+        images = images_of(path, part == "train", crop(size, size))
         arrays[f"x_{part}"], arrays[f"y_{part}"] = _decoded_all(images), np.asarray(images.targets)
     return _data_set(name, arrays, "NCHW", len(images.classes), tuple(images.classes))
 
@@ -445,7 +537,9 @@ def _decoded_all(images: Any) -> Any:
     if len(images) * first.numel() > MEMORY_LIMIT:
         got = f"{len(images):,} images of {first.shape[1]}x{first.shape[2]} pixels"
         expected = f"at most {MEMORY_LIMIT / (1 << 30):g} GiB to keep in memory"
-        raise _checks.refuse(images.root, got, expected, "say a smaller size, or stream them with image_folder_loader")
+        raise _checks.refuse(
+            images.root, got, expected, "say a smaller size, or stream them (--stream, image_folder_loader)"
+        )
     x = torch.empty((len(images), *first.shape), dtype=torch.uint8)
     for place, (file, _) in enumerate(images.samples):
         image = images[place][0]
@@ -456,7 +550,7 @@ def _decoded_all(images: Any) -> Any:
     return x.numpy()
 
 
-def _images_of(path: Path, train: bool, transform: Callable[[Any], Any]) -> Any:
+def images_of(path: Path, train: bool, transform: Callable[[Any], Any]) -> Any:
     """:return: torchvision's ImageFolder of ``train/`` or the other part, whose classes must agree where both exist."""
     datasets = _checks.optional("torchvision.datasets", "vision", "reading a folder of images")
     folders = path / "train", path / "test" if (path / "test").is_dir() else path / "val"
@@ -480,13 +574,13 @@ def _images_of(path: Path, train: bool, transform: Callable[[Any], Any]) -> Any:
     return images
 
 
-def _crop(size: int | None, shorter: int | None, *, at_random: bool = False) -> Any:
+def crop(size: int | None, shorter: int | None, *, at_random: bool = False) -> Any:
     """:return: A transform of a decoded image to (3, size, size) uint8; with no size, the image as it is."""
     v2 = _checks.optional("torchvision.transforms.v2", "vision", "resizing images")
     if size is None:
         return v2.PILToTensor()
-    crop = [v2.RandomResizedCrop(size)] if at_random else [v2.Resize(shorter), v2.CenterCrop(size)]
-    return v2.Compose([*crop, v2.PILToTensor()])
+    parts = [v2.RandomResizedCrop(size)] if at_random else [v2.Resize(shorter), v2.CenterCrop(size)]
+    return v2.Compose([*parts, v2.PILToTensor()])
 
 
 def _decoded(file: str) -> Any:

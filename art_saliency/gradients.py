@@ -5,9 +5,13 @@ Input gradients and Jacobian norms that stay in the graph, and what is made of t
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from art_saliency import _checks
 from art_saliency.errors import UnsupportedModelError
@@ -19,6 +23,7 @@ __all__ = [
     "input_gradient",
     "jacobian_frobenius",
     "jacobian_projection",
+    "second_derivatives",
     "sphere_directions",
     "top_share_mask",
     "unit_directions",
@@ -49,6 +54,30 @@ def input_gradient(score: Tensor, x: Tensor, *, create_graph: bool = False, reta
             "look for .detach(), torch.no_grad(), .numpy(), rounding or argmax in the network"
         )
     return gradient
+
+
+@contextmanager
+def second_derivatives(needed: bool = True) -> Iterator[None]:
+    """
+    Where input gradients are differentiated: attention by torch's mathematical kernel, as the fused ones have no second derivative.
+
+    :param needed: Whether they are; else nothing is done.
+    :raises UnsupportedModelError: When another operation of the network has none; it is named.
+    """
+    if not needed:
+        yield
+        return
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    except RuntimeError as error:
+        missing = re.search(r"derivative for (?:aten::)?_?(\w+?)_backward is not implemented", str(error))
+        if missing is None:
+            raise
+        raise UnsupportedModelError(
+            f"model: got a network with {missing[1]}, of which torch has no second derivative, expected one that a method with "
+            "input gradients in its loss can train; take another activation or network, or a method without them"
+        ) from error
 
 
 def unit_directions(logits: Tensor, random: RandomSource | None = None) -> Tensor:

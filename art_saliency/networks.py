@@ -75,8 +75,9 @@ def build_network(
     """
     Build a network with fresh weights, which ``torch.manual_seed`` decides.
 
-    :param name: One of :data:`NETWORKS`; ``"timm:NAME"`` or ``"torchvision:NAME"``; or ``"package.module:factory"``, a
-        function or class of your own, called with those of the keywords `num_classes` and `in_channels` that it accepts.
+    :param name: One of :data:`NETWORKS`; ``"timm:NAME"`` or ``"torchvision:NAME"``, any classifier that the library lists,
+        made for this size of images and without pretrained weights; or ``"package.module:factory"``, a function or
+        class of your own, called with those of the keywords `num_classes` and `in_channels` that it accepts.
     :param num_classes: K, at least 2.
     :param input_shape: (C, H, W) of the images.
     :param activation: A name of :data:`ACTIVATIONS`, or a function like those there; of this package's networks only.
@@ -98,7 +99,7 @@ def build_network(
     if width is not None or activation != "relu":
         got = f"a width or an activation for {name!r}"
         raise _checks.refuse("network", got, "neither", "set them in a factory of your own, package.module:factory")
-    model = _from_elsewhere(name, num_classes, shape[0])
+    model = _from_elsewhere(name, num_classes, shape)
     check_network(model, shape, num_classes)
     if add_normalisation(model, shape[0], mean, std):
         if isinstance(model, nn.Sequential):  # ART runs its children one by one, past any hook
@@ -111,33 +112,63 @@ def _normalise_input(network: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, 
     return (normalised(network, inputs[0]), *inputs[1:])
 
 
-def _from_elsewhere(name: str, num_classes: int, channels: int) -> nn.Module:
-    origin, _, what = name.partition(":")
+def _from_elsewhere(name: str, num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    origin = name.partition(":")[0]
     try:
         if origin == "timm":
-            timm = _checks.optional("timm", "robustbench", f"the network {name!r}")
-            _known(name, timm.list_models())
-            return timm.create_model(what, num_classes=num_classes, in_chans=channels)  # type: ignore[no-any-return]
+            return _from_timm(name, num_classes, shape)
         if origin == "torchvision":
-            models = _checks.optional("torchvision", "vision", f"the network {name!r}").models
-            _known(name, models.list_models(module=models))
-            return models.get_model(what, weights=None, num_classes=num_classes)  # type: ignore[no-any-return]
+            return _from_torchvision(name, num_classes, shape)
         factory = _imported(name)
-        return factory(**_accepted(factory, num_classes=num_classes, in_channels=channels))  # type: ignore[no-any-return]
+        return factory(**_accepted(factory, num_classes=num_classes, in_channels=shape[0]))  # type: ignore[no-any-return]
     except ArtSaliencyError:
         raise
     except Exception as error:
         raise UnsupportedModelError(
             f"network: got {name!r}, which could not be made ({_brief(error)}), expected a network for {num_classes} "
-            f"classes and {channels} channels; try it by itself in Python"
+            f"classes and images of shape {shape}; try it by itself in Python"
         ) from error
+
+
+def _from_timm(name: str, num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    timm, what = _checks.optional("timm", "timm", f"the network {name!r}"), name.partition(":")[2]
+    _known(name, timm.list_models())
+    settings = timm.get_pretrained_cfg(what)
+    # Networks of patches are made for one size; the others take any, and many of them no such keyword.
+    size = {"img_size": shape[1:]} if settings is not None and settings.fixed_input_size else {}
+    model: nn.Module = timm.create_model(what, num_classes=num_classes, in_chans=shape[0], **size)
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
+    if isinstance(patch, tuple) and any(side % width for side, width in zip(shape[1:], patch, strict=False)):
+        got = f"{name!r} for images of {shape[1]}x{shape[2]} pixels"  # its first layer would leave the rest out, unsaid
+        remedy = "bring the images to such a size, or take another network"
+        raise _checks.refuse("network", got, f"sides that patches of {patch[0]}x{patch[1]} pixels fill", remedy)
+    return model
+
+
+def _from_torchvision(name: str, num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    models, what = _checks.optional("torchvision", "vision", f"the network {name!r}").models, name.partition(":")[2]
+    _known(name, models.list_models(module=models))
+    channels, height, width = shape
+    if channels != 3:
+        got, remedy = f"{name!r} for images of {channels} channel{'s' * (channels > 1)}", "timm's take any: timm:NAME"
+        raise _checks.refuse("network", got, "images of 3 channels, as all of torchvision's networks take", remedy)
+    options: dict[str, Any] = {}
+    if what.startswith("vit_"):
+        if height != width:
+            raise _checks.refuse("network", f"{name!r} for images of {height}x{width} pixels", "square ones")
+        options = {"image_size": height}
+    elif what.startswith("maxvit"):
+        options = {"input_size": (height, width)}
+    elif what in ("googlenet", "inception_v3"):  # auxiliary logits would be in what they give while they are trained
+        options = {"aux_logits": False, "init_weights": True}
+    return models.get_model(what, weights=None, num_classes=num_classes, **options)  # type: ignore[no-any-return]
 
 
 def _known(name: str, known: Sequence[str]) -> None:
     """Refuse a name that the library does not know; it knows too many to print them."""
     library, _, what = name.partition(":")
     if what.partition(".")[0] not in known:  # timm writes architecture.weights
-        expected = f"a classifier that {library} lists{_checks.suggestion(what, known)}"
+        expected = f"a classifier that {library} lists{_checks.suggestion(what, known, most=3)}"
         raise _checks.refuse("network", repr(name), expected)
 
 

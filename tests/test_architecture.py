@@ -32,6 +32,7 @@ LEVELS = (
         "perturbation_saliency",
         "augmentation",
         "data",
+        "streaming",
         "networks",
         "architectures",
     ),

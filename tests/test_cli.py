@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 
@@ -15,34 +14,17 @@ from art_saliency.cli import main
 from art_saliency.data import load_data
 from art_saliency.evaluation.accuracy import accuracy
 from art_saliency.files import sha256_of_tensors
+from tests.helpers import spell, write_few_digits
+
+ONE_EPOCH = {"eps": 0.1, "epochs": 1}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A run trained by the command line on an .npz of 300 digits."""
     place = tmp_path_factory.mktemp("cli")
-    data = load_data("digits")
-    np.savez(
-        place / "few.npz",
-        x_train=data.x_train[:300].numpy(),
-        y_train=data.y_train[:300].numpy(),
-        x_test=data.x_test[:40].numpy(),
-        y_test=data.y_test[:40].numpy(),
-    )
-    words = [
-        "train",
-        "adv-gsct",
-        "--data",
-        str(place / "few.npz"),
-        "--eps",
-        "0.1",
-        "--set",
-        "rho=0.2",
-        "--epochs",
-        "25",
-        "--lr",
-        "0.02",
-    ]
+    few = write_few_digits(place / "few.npz", 300, 40)
+    words = spell("train", "adv-gsct", data=few, eps=0.1, set="rho=0.2", epochs=25, lr=0.02)
     assert main([*words, "--width", "8", "--out", str(place / "run"), "--device", "cpu", "--quiet"]) == 0
     return place
 
@@ -91,19 +73,7 @@ def test_a_users_own_network_and_weights_are_trained(folder, capsys, monkeypatch
     (folder / "my_networks.py").write_text(OWN)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    words = [
-        "train",
-        "standard",
-        "--data",
-        str(folder / "few.npz"),
-        "--eps",
-        "0.1",
-        "--epochs",
-        "1",
-        "--quiet",
-        "--device",
-        "cpu",
-    ]
+    words = spell("train", "standard", **ONE_EPOCH, data=folder / "few.npz", quiet=True, device="cpu")
     own = ["--network", "my_networks:make", "--lr", "0.01", "--out", str(folder / "own")]
     assert main([*words, *own, "--force"]) == 0
     started = [*own[:-1], str(folder / "own2"), "--weights", str(folder / "own" / "weights.pt"), "--force"]
@@ -114,23 +84,9 @@ def test_a_users_own_network_and_weights_are_trained(folder, capsys, monkeypatch
 
 
 def test_a_network_with_fsr_comes_back_with_its_layers(folder):
-    words = [
-        "train",
-        "fsr",
-        "--data",
-        str(folder / "few.npz"),
-        "--eps",
-        "0.1",
-        "--epochs",
-        "1",
-        "--quiet",
-        "--device",
-        "cpu",
-    ]
-    assert (
-        main([*words, "--set", "base=trades", "--set", "hidden=8", "--set", "beta=2", "--out", str(folder / "fsr")])
-        == 0
-    )
+    words = spell("train", "fsr", **ONE_EPOCH, data=folder / "few.npz", quiet=True, device="cpu")
+    settings = spell(set=["base=trades", "hidden=8", "beta=2"], out=folder / "fsr")
+    assert main([*words, *settings]) == 0
     page = json.loads((folder / "fsr" / "run.json").read_text())
     assert page["settings"]["base"] == "trades"
     assert page["settings"]["beta"] == 2
@@ -139,35 +95,9 @@ def test_a_network_with_fsr_comes_back_with_its_layers(folder):
 
 
 def test_compare_puts_methods_and_compositions_into_one_table(folder, capsys):
-    words = [
-        "compare",
-        "--data",
-        str(folder / "few.npz"),
-        "--eps",
-        "0.1",
-        "--epochs",
-        "1",
-        "--images",
-        "6",
-        "--width",
-        "8",
-    ]
+    words = spell("compare", **ONE_EPOCH, data=folder / "few.npz", images=6, width=8, quiet=True, device="cpu")
     out = folder / "compare"
-    assert (
-        main(
-            [
-                *words,
-                "--arms",
-                "fgsm-rs:eps_step=0.05,fsr+trades,standard@silu",
-                "--out",
-                str(out),
-                "--quiet",
-                "--device",
-                "cpu",
-            ]
-        )
-        == 0
-    )
+    assert main([*words, *spell(arms="fgsm-rs:eps_step=0.05,fsr+trades,standard@silu", out=out)]) == 0
     printed, err = capsys.readouterr()
     assert err == ""
     results = json.loads((out / "results.json").read_text())
@@ -195,21 +125,9 @@ def test_an_interrupted_comparison_keeps_what_it_measured(folder, monkeypatch):
         return run_arm(arm, budget, out)
 
     monkeypatch.setattr(_arms, "run_arm", failing)
-    words = [
-        "compare",
-        "--data",
-        str(folder / "few.npz"),
-        "--eps",
-        "0.1",
-        "--epochs",
-        "1",
-        "--images",
-        "4",
-        "--width",
-        "4",
-    ]
+    words = spell("compare", **ONE_EPOCH, data=folder / "few.npz", images=4, width=4, quiet=True, device="cpu")
     out = folder / "interrupted"
-    assert main([*words, "--arms", "standard,fgsm-rs", "--out", str(out), "--quiet", "--device", "cpu"]) == 130
+    assert main([*words, *spell(arms="standard,fgsm-rs", out=out)]) == 130
     assert list(json.loads((out / "results.json").read_text())) == ["standard"]
 
 

@@ -8,10 +8,9 @@ import sys
 from difflib import unified_diff
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from art_saliency.data import load_data
+from tests.helpers import write_few_digits
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
@@ -20,16 +19,8 @@ METHODS = ("adv_gsct", "j_sigr", "aalp", "fsr")
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """200 digits as an .npz: the route that a user's own data takes."""
-    data, path = load_data("digits"), tmp_path_factory.mktemp("examples") / "few.npz"
-    np.savez(
-        path,
-        x_train=data.x_train[:200].numpy(),
-        y_train=data.y_train[:200].numpy(),
-        x_test=data.x_test[:10].numpy(),
-        y_test=data.y_test[:10].numpy(),
-    )
-    return path
+    """200 digits as a user's own data."""
+    return write_few_digits(tmp_path_factory.mktemp("examples") / "few.npz", 200, 10)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

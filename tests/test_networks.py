@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from art_saliency.errors import ArtSaliencyError, InputError, MissingDependencyError, UnsupportedModelError
+from art_saliency.gradients import second_derivatives
 from art_saliency.networks import (
     ACTIVATIONS,
     NETWORKS,
@@ -580,21 +581,76 @@ def test_the_check_follows_dtype_and_device() -> None:
     check_network(SmallCNN().to("meta"), (1, 8, 8), 10)
 
 
+# timm's and torchvision's
+
+
 @pytest.mark.parametrize(
-    ("library", "name", "channels"), [("timm", "mobilenetv3_small_050", 1), ("torchvision", "mobilenet_v3_small", 3)]
+    ("name", "shape"),
+    [
+        ("timm:resnet10t", (1, 28, 28)),
+        ("timm:mobilenetv3_small_050", (2, 33, 40)),
+        ("timm:test_vit", (3, 32, 64)),  # made for 160 x 160
+        ("timm:test_vit", (1, 224, 224)),
+        ("timm:test_byobnet.r160_in1k", (3, 224, 224)),
+        ("torchvision:mobilenet_v3_small", (3, 224, 224)),
+        ("torchvision:squeezenet1_1", (3, 32, 32)),
+        ("torchvision:googlenet", (3, 32, 32)),
+    ],
 )
-def test_a_library_s_network_gets_classes_and_channels(library: str, name: str, channels: int) -> None:
-    pytest.importorskip(library)
-    network = build_network(f"{library}:{name}", num_classes=7, input_shape=(channels, 32, 32), std=[0.5] * channels)
-    assert network.eval()(torch.rand(2, channels, 32, 32)).shape == (2, 7)
-    misspelt = name.replace("mobile", "mobil")
-    with pytest.raises(
-        InputError, match=f"got '{library}:{misspelt}', expected a classifier that {library} lists; did you"
-    ):
-        build_network(f"{library}:{misspelt}", num_classes=7, input_shape=(3, 32, 32))
+def test_a_library_s_network_is_made_for_the_classes_channels_and_size(name: str, shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    mean, std = [0.4] * shape[0], [0.5] * shape[0]
+    network = build_network(name, num_classes=7, input_shape=shape, mean=mean, std=std)
+    torch.manual_seed(0)
+    plain = build_network(name, num_classes=7, input_shape=shape)
+    x = torch.rand(2, *shape)
+    logits = network.eval()(x)
+    assert logits.shape == (2, 7)
+    torch.testing.assert_close(logits, plain.eval()((x - 0.4) / 0.5))  # the same fresh weights, from the seed alone
+    assert isinstance(network.train()(x), Tensor)  # no auxiliary logits beside them
 
 
-@pytest.mark.parametrize(("library", "extra"), [("timm", "robustbench"), ("torchvision", "vision")])
+def test_a_vision_transformer_of_torchvision_gets_the_size() -> None:
+    pytest.importorskip("torchvision")
+    with torch.device("meta"):  # 86 million weights
+        network = build_network("torchvision:vit_b_16", num_classes=5, input_shape=(3, 32, 32))
+    assert network.get_parameter("encoder.pos_embedding").shape == (1, 5, 768)  # 2 x 2 patches and a class token
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        (
+            "timm:resnet19",
+            (3, 32, 32),
+            "got 'timm:resnet19', expected a classifier that timm lists; did you mean '.*' or '.*' or",
+        ),
+        (
+            "torchvision:resnet81",
+            (3, 32, 32),
+            "a classifier that torchvision lists; did you mean 'resnet18' or 'resnet",
+        ),
+        ("torchvision:qqqq", (3, 32, 32), "a classifier that torchvision lists$"),
+        ("torchvision:fasterrcnn_resnet50_fpn", (3, 32, 32), "a classifier that torchvision lists"),
+        ("timm:hf-hub:some/thing", (3, 32, 32), "a classifier that timm lists"),
+        ("torchvision:resnet18", (1, 32, 32), "for images of 1 channel, expected images of 3 channels.*timm:NAME"),
+        ("torchvision:vit_b_16", (3, 32, 48), "for images of 32x48 pixels, expected square ones"),
+        ("torchvision:vit_b_16", (3, 30, 30), r"could not be made \(.*patch size"),
+        ("timm:test_vit", (3, 28, 32), "for images of 28x32 pixels, expected sides that patches of 16x16 pixels fill"),
+        ("torchvision:inception_v3", (3, 32, 32), "for input of shape .*look at the channels and the size"),
+    ],
+)
+def test_a_library_s_network_that_does_not_suit_is_refused(
+    name: str, shape: tuple[int, int, int], message: str
+) -> None:
+    pytest.importorskip(name.partition(":")[0])
+    where = "cpu" if name.startswith("timm") else "meta"  # timm reads values while it makes a network
+    with torch.device(where), pytest.raises(ArtSaliencyError, match=message) as caught:
+        build_network(name, num_classes=7, input_shape=shape)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("library", "extra"), [("timm", "timm"), ("torchvision", "vision")])
 def test_a_library_that_is_missing_is_named_with_its_extra(
     library: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -604,3 +660,104 @@ def test_a_library_that_is_missing_is_named_with_its_extra(
     ) as caught:
         build_network(f"{library}:resnet18", num_classes=7, input_shape=(3, 32, 32))
     assert isinstance(caught.value, ArtSaliencyError)
+
+
+def _fitted(name: str, method: str, **parameters: Any) -> Any:
+    """
+    Two steps of a method on six images of 32 x 32, by its trainer: residual branches that start from zero move in the second.
+
+    :return: The classifier and its weights before.
+    """
+    from art_saliency.trainers.methods import TRAINERS
+    from art_saliency.trainers.runs import make_classifier
+
+    torch.manual_seed(0)
+    network = build_network(name, num_classes=3, input_shape=(3, 32, 32))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    classifier = make_classifier(network, input_shape=(3, 32, 32), num_classes=3, optimizer=optimizer)
+    before = copy.deepcopy(network.state_dict())
+    trainer = TRAINERS[method](classifier, eps=0.03, **parameters)
+    x, y = images(6).float().repeat(3, 1, 1, 1)[:6], torch.arange(6) % 3
+    trainer.fit(x, y, nb_epochs=2, batch_size=6, seed=0, verbose=False)
+    return classifier, before
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "parameters"),
+    [
+        ("timm:vit_tiny_patch16_224", "adv-gsct", {}),  # attention: fused kernels have no second derivative
+        ("timm:test_vit", "j-sigr", {}),
+        ("torchvision:squeezenet1_1", "adv-gsct", {}),  # ReLUs in place, dropout
+        ("torchvision:squeezenet1_1", "aalp", {"max_iter": 1}),
+        ("timm:resnet10t", "fsr", {"max_iter": 1}),
+        ("torchvision:squeezenet1_1", "fsr", {"target": "features", "base": "adv-gsct"}),
+    ],
+)
+def test_training_moves_every_weight_of_a_library_s_network(name: str, method: str, parameters: dict[str, Any]) -> None:
+    pytest.importorskip(name.partition(":")[0])
+    classifier, before = _fitted(name, method, **parameters)
+    after = dict(classifier.model.named_parameters())
+    assert {key for key, value in before.items() if key in after and torch.equal(value, after[key])} <= {
+        key
+        for key in before
+        if key.endswith("attn.qkv.bias")  # a softmax does not see the keys' part of it
+    }
+    assert all(bool(value.isfinite().all()) for value in after.values())
+
+
+def test_an_operation_without_a_second_derivative_is_named() -> None:
+    pytest.importorskip("torchvision")
+    with pytest.raises(UnsupportedModelError, match="got a network with hardsigmoid, of which torch has no second"):
+        _fitted("torchvision:mobilenet_v3_small", "adv-gsct")
+    _fitted("torchvision:mobilenet_v3_small", "fgsm-rs")
+
+
+def test_attention_of_twice_differentiated_steps_has_the_derivative_of_the_input_gradient() -> None:
+    attention = nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+    x = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def network(x: Tensor) -> Tensor:
+        q, k, v = nn.functional.linear(x, attention.in_proj_weight).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(q, k, v).square().sum()
+
+    with second_derivatives():
+        assert torch.autograd.gradgradcheck(network, [x.requires_grad_(True)])
+    with pytest.raises(UnsupportedModelError, match="scaled_dot_product"), second_derivatives(True):
+        raise RuntimeError("derivative for aten::_scaled_dot_product_flash_attention_backward is not implemented")
+    for needed in (True, False):
+        with pytest.raises(RuntimeError, match=r"^another$"), second_derivatives(needed):
+            raise RuntimeError("another")
+
+
+def test_a_run_with_a_library_s_network_goes_from_training_to_export(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("timm")
+    import numpy as np
+
+    from art_saliency import load
+    from art_saliency.cli import main
+    from art_saliency.methods.fsr import fsr_layers
+
+    x, y = images(40, (3, 16, 16)).float().numpy(), np.arange(40) % 10
+    np.savez(tmp_path / "set.npz", x_train=x, y_train=y, x_test=x[:10], y_test=y[:10])
+    run, common = str(tmp_path / "run"), ["--device", "cpu", "--quiet"]
+    words = ["train", "fsr", "--data", str(tmp_path / "set.npz"), "--network", "timm:resnet10t", "--eps", "0.1"]
+    words += ["--epochs", "1", "--set", "max_iter=1", "--set", "hidden=8", "--normalise", "--out", run]
+    assert main([*words, *common]) == 0
+    model = load(run).model
+    assert type(model).__module__ == "timm.models.resnet"
+    assert list(fsr_layers(model)) == ["layer4"]
+    assert model.get_buffer("mu").shape == (1, 3, 1, 1)
+    assert main(["evaluate", run, "--images", "2", *common]) == 0
+    assert main(["explain", run, "--index", "1", "--maps", "loss-gradient", *common]) == 0
+    assert (tmp_path / "run" / "explain.png").is_file()
+    capsys.readouterr()
+    arguments = ["--name", "Doe2026Timm", "--dataset", "cifar10", "--threat-model", "Linf", "--eps", "0.1"]
+    assert main(["export", run, *arguments, "--out", str(tmp_path / "bundle"), *common]) == 2
+    assert "timm.models.resnet.ResNet" in (said := capsys.readouterr().err)
+    assert "--source network.py:factory" in said
+    assert not (tmp_path / "bundle").exists()
+    misspelt = [word.replace("resnet10t", "resnet10x") for word in words[:-1]]
+    assert main([*misspelt, str(tmp_path / "other"), *common]) == 2
+    assert "did you mean 'resnet10t'" in capsys.readouterr().err

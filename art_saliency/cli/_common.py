@@ -105,14 +105,20 @@ def threat_of_run(args: Any, page: dict[str, Any]) -> ThreatModel:
 def data_of_run(args: Any, page: dict[str, Any]) -> DataSet:
     """:return: What ``--data`` names, else the run's own data, whose content must still be that of the training."""
     from art_saliency import _checks
-    from art_saliency.data import load_data
+    from art_saliency.streaming import open_data
 
     known = page["data"]
-    data = load_data(args.data or known["spec"], root=args.data_root or known.get("root"), size=known.get("size"))
+    data: Any = open_data(
+        args.data or known["spec"],
+        root=args.data_root or known.get("root"),
+        size=known.get("size"),
+        stream=args.data is None and known.get("streamed", False),
+    )
     if args.data is None and data.fingerprint() != known["fingerprint"]:
         got = f"{known['spec']} with other content than in training"
         raise _checks.refuse("data", got, "the same", "say so on purpose: --data " + known["spec"])
-    return data
+    found: DataSet = data  # a streamed set is used as one
+    return found
 
 
 def say(args: Any, text: str) -> None:

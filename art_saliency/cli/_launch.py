@@ -10,13 +10,16 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from art_saliency.errors import ArtSaliencyError
 
 __all__ = ["on_ranks"]
 
 _PATIENCE = 5.0  # seconds that the others have to end by themselves once one has
+_KEPT = (130, 143)  # exit codes of a run that a signal ended and that was kept
 
 
 def on_ranks(words: Sequence[str], count: int, program: Sequence[str] = (sys.executable, "-m", "art_saliency")) -> int:
@@ -24,27 +27,62 @@ def on_ranks(words: Sequence[str], count: int, program: Sequence[str] = (sys.exe
     Run ``art-saliency WORDS`` in several processes, as ``torchrun --nproc-per-node`` does, until all have ended.
 
     :param words: The command's words. :param count: How many processes. :param program: What takes the words.
+    SIGINT, SIGTERM and SIGHUP are for the first process, which lets the others know and keeps the run; a second one ends them all.
+
     :return: 0, or the first process's own exit code for an error that it has explained.
     :raises ArtSaliencyError: When a process died; it is named, and the others are ended.
     """
     with tempfile.TemporaryDirectory() as place:
         environment = _environment(count)
-        ranks = [_start([*program, *words], rank, environment, place) for rank in range(count)]
+        ranks: list[subprocess.Popen[bytes]] = []
         ended: queue.Queue[int] = queue.Queue()
-        for rank, process in enumerate(ranks):
-            threading.Thread(target=_await, args=(rank, process, ended), daemon=True).start()
-        try:
-            for _ in ranks:
-                rank = ended.get()
-                if ranks[rank].returncode:
-                    return _failed(rank, ranks, place)
-            return 0
-        finally:
-            for process in ranks:
-                if process.poll() is None:
-                    process.terminate()
-            for process in ranks:
-                _end(process)
+        with _handing_on(ranks) as signals:
+            try:
+                for rank in range(count):
+                    ranks.append(_start([*program, *words], rank, environment, place))
+                    threading.Thread(target=_await, args=(rank, ranks[rank], ended), daemon=True).start()
+                for _ in ranks:
+                    rank = ended.get()
+                    if signals:
+                        return _interrupted(ranks[0], signals[0])
+                    if ranks[rank].returncode:
+                        return _failed(rank, ranks, place)
+                return 0
+            finally:
+                for process in ranks:
+                    if process.poll() is None:
+                        process.terminate()
+                for process in ranks:
+                    _end(process)
+
+
+@contextmanager
+def _handing_on(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """:return: The signals that came meanwhile; the first is handed on to the first process, the next to all."""
+    met: list[int] = []
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        met.append(number)
+        for process in ranks[: 1 if len(met) == 1 else None]:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) not in (None, signal.SIG_IGN):
+                before[number] = signal.signal(number, hand_on)
+    try:
+        yield met
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupted(first: subprocess.Popen[bytes], number: int) -> int:
+    """Wait for the first process, which keeps the run. :return: Its exit code, as shells have it where a signal ended it."""
+    code = first.wait()
+    return 128 + number if code < 0 else int(code)
 
 
 def _environment(count: int) -> dict[str, str]:
@@ -65,11 +103,12 @@ def _environment(count: int) -> dict[str, str]:
 
 
 def _start(command: list[str], rank: int, environment: dict[str, str], place: str) -> subprocess.Popen[bytes]:
+    """Start one process, out of the terminal's reach: Ctrl-C is for the one that started it, which hands it on once."""
     environment = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     if rank == 0:
-        return subprocess.Popen(command, env=environment)
+        return subprocess.Popen(command, env=environment, start_new_session=True)
     with open(os.path.join(place, str(rank)), "wb") as quiet:
-        return subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet)
+        return subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet, start_new_session=True)
 
 
 def _await(rank: int, process: subprocess.Popen[bytes], ended: queue.Queue[int]) -> None:
@@ -82,17 +121,20 @@ def _failed(rank: int, ranks: list[subprocess.Popen[bytes]], place: str) -> int:
     code = ranks[rank].returncode
     if code > 0 and rank:
         try:
-            if ranks[0].wait(_PATIENCE) == code:
-                return int(code)  # bad words: all of them refused, and the first one said why
+            if ranks[0].wait(12 * _PATIENCE if code in _KEPT else _PATIENCE) == code:
+                return int(code)  # bad words, or a signal: all of them ended so, and the first one said why
         except subprocess.TimeoutExpired:
             pass
-    if code in (2, 130, 143) and rank == 0:
+    if code in (2, *_KEPT) and rank == 0:
         return int(code)
     if rank:
         with open(os.path.join(place, str(rank)), encoding="utf-8", errors="replace") as said:
             sys.stderr.write(said.read()[-4000:])
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    raise ArtSaliencyError(f"rank {rank} of {len(ranks)} {how}; the other processes were ended and no run was written")
+    raise ArtSaliencyError(
+        f"rank {rank} of {len(ranks)} {how}; the other processes were ended and no run was written; to go on where it was last "
+        f"kept, add --resume to the same words"
+    )
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from art_saliency.cli._common import add_run_options, fraction, pick_device
+from art_saliency.cli._scaling import METHODS, counts, table
 
 if TYPE_CHECKING:
     from art_saliency.trainers.benchmark import Benchmark
@@ -44,6 +45,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--rounds", type=int, default=20, help="turns that count (default: %(default)s)")
     parser.add_argument("--precision", default="32-true", help="32-true or bf16-mixed (default: %(default)s)")
     parser.add_argument("--out", help="a .json file for everything that was measured")
+    parser.add_argument(
+        "--scaling",
+        action="store_true",
+        help="measure nothing: count the operations of a ResNet-50's step by each method, and print what training it on ImageNet would "
+        "cost in GPU-hours, on paper",
+    )
     add_run_options(parser)
     parser.set_defaults(run=run)
 
@@ -58,6 +65,11 @@ def run(args: argparse.Namespace) -> int:
     from art_saliency.files import write_file
     from art_saliency.trainers.benchmark import Entry, Setting, benchmark
 
+    if args.scaling:
+        methods = METHODS if args.methods == _METHODS else args.methods
+        found = counts(methods, network="torchvision:resnet50", side=64, eps=4 / 255, max_iter=args.max_iter)
+        print(table(found))
+        return 0
     arms = [parse_arm(arm.strip()) for arm in args.methods.split(",")]
     setting = Setting(
         network={

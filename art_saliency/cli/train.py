@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from art_saliency.cli._common import add_run_options, fraction, own_device, pick_device, read_settings, say
 from art_saliency.cli._launch import on_ranks
+from art_saliency.cli._stream import add_stream_options, device_augmentation, held_out, training_data, way_to_fit
+from art_saliency.errors import TrainingInterrupted
 
 if TYPE_CHECKING:
     import torch
     from art.estimators.classification import PyTorchClassifier
 
     from art_saliency.data import DataSet
+    from art_saliency.streaming import StreamedSet
+    from art_saliency.trainers.base import ObjectiveTrainer
+    from art_saliency.trainers.surrogates import Recipe
 
 _RECIPES = {"sgd": 0.1, "adam": 0.01}
 _KEPT = "checkpoints"
@@ -56,10 +62,17 @@ def add_parser(commands: Any) -> None:
         help="share of the training images held out (default: %(default)s)",
     )
     data.add_argument(
-        "--augment", default="none", help="none, flip, crop or crop-flip, on the device (default: %(default)s)"
+        "--augment",
+        default="none",
+        help="none, flip, crop or crop-flip, on the device; for streamed pictures also resized-crop and resized-crop-flip, as is "
+        "usual for ImageNet (default: %(default)s)",
     )
+    add_stream_options(data)
     network = parser.add_argument_group("network")
-    network.add_argument("--network", help="a name, or package.module:factory (default: by the image size)")
+    network.add_argument(
+        "--network",
+        help="a name, timm:NAME, torchvision:NAME or package.module:factory (default: by the image size)",
+    )
     network.add_argument("--activation", default="relu", help="relu, silu, gelu, softplus (default: %(default)s)")
     network.add_argument("--width", type=int, help="channels of the first stage")
     network.add_argument(
@@ -148,44 +161,68 @@ def run(args: argparse.Namespace) -> int:
     if args.devices > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:  # as torchrun and on_ranks itself leave it
         return on_ranks(args.words, args.devices)
     from art_saliency import _checks
-    from art_saliency.augmentation import augmentation_by_name
-    from art_saliency.data import load_data
-    from art_saliency.files import write_tensors
     from art_saliency.trainers.methods import TRAINERS
-    from art_saliency.trainers.runs import save
-    from art_saliency.trainers.surrogates import Recipe, describe_optimizer
-    from art_saliency.training.checkpoint import cadence, clear
+    from art_saliency.training.checkpoint import cadence
     from art_saliency.training.engine import launched
 
     rank, ranks = launched()
     _checks.whole("--devices", args.devices, least=1)
     alone, args.quiet = ranks == 1, args.quiet or rank > 0
-    if args.resume and not alone:
-        raise _checks.refuse("--resume", f"a run of {ranks} processes", "one process", "checkpoints are kept of those")
     trainer_class = TRAINERS[_checks.one_of("METHOD", args.method, TRAINERS)]
     settings = {"eps": args.eps, "norm": args.norm, **read_settings("--set", args.set)}
     trainer_class.check_parameters(settings)  # refused before any data is read
     device = pick_device(args.device) if alone else own_device(args.device)
     _checks.whole("--seed", args.seed)
-    augment = None if args.augment == "none" else augmentation_by_name(args.augment)
+    augment = device_augmentation(args.augment)
     cadence(args.checkpoint_every)
     folder = _folder(args)
 
-    data = load_data(args.data, root=args.data_root, download=args.download, size=args.size)
-    train, validation = (data.x_train, data.y_train), None
-    if args.validation_split:
-        train, validation = data.split(args.validation_split, args.seed)
+    data = training_data(args)
     network = _network(args, data)
     classifier = _classifier(args, network, device)
     parameters = {**trainer_class.defaults_for(classifier.model), **settings}
-    recipe = Recipe(
+    recipe = _recipe(args, parameters, classifier)
+    trainer = trainer_class(classifier, **parameters)
+    aside = held_out(args, data)
+    say(
+        args,
+        f"{args.method} on {data.name}: {len(data.y_train) - aside} training images, {aside} held out; "
+        f"{network['name']}; {args.norm} eps {args.eps:g}; {device}",
+    )
+    interrupted = _interruption(
+        way_to_fit(trainer, data, args, rank=rank, ranks=ranks),
+        nb_epochs=args.epochs,
+        scheduler=recipe.scheduler,
+        seed=args.seed,
+        augment=augment,
+        verbose=not args.quiet,
+        checkpoint_dir=folder / _KEPT,
+        checkpoint_every=args.checkpoint_every,
+        resume="auto" if args.resume else "never",
+        **recipe.run_options(),
+    )
+    if interrupted is not None:
+        if rank == 0:
+            raise interrupted
+        return interrupted.exit_code
+    if rank:  # of several processes the first alone writes
+        return 0
+    _write(args, folder, trainer, network, data, recipe)
+    return 0
+
+
+def _recipe(args: argparse.Namespace, parameters: dict[str, Any], classifier: PyTorchClassifier) -> Recipe:
+    """:return: How the words say that the run goes, for ``run.json``."""
+    from art_saliency.trainers.surrogates import Recipe, describe_optimizer
+
+    return Recipe(
         parameters=parameters,
         optimizer=describe_optimizer(classifier.optimizer),
         epochs=args.epochs,
         batch_size=args.batch_size,
         seed=args.seed,
         scheduler=None if args.scheduler == "none" else args.scheduler,
-        augment=None if augment is None else args.augment,
+        augment=None if args.augment == "none" else args.augment,
         grad_clip=args.grad_clip,
         precision=args.precision,
         deterministic=args.deterministic,
@@ -199,53 +236,58 @@ def run(args: argparse.Namespace) -> int:
         awp=args.awp,
         label_smoothing=args.label_smoothing,
     )
-    trainer = trainer_class(classifier, **parameters)
-    held_out = 0 if validation is None else len(validation[0])
-    say(
-        args,
-        f"{args.method} on {data.name}: {len(train[0])} training images, {held_out} held out; {network['name']}; "
-        f"{args.norm} eps {args.eps:g}; {device}",
-    )
-    trainer.fit(
-        *train,
-        validation_data=validation,
-        batch_size=args.batch_size,
-        nb_epochs=args.epochs,
-        scheduler=recipe.scheduler,
-        seed=args.seed,
-        augment=augment,
-        verbose=not args.quiet,
-        checkpoint_dir=folder / _KEPT if alone else None,
-        checkpoint_every=args.checkpoint_every if alone else 1,
-        resume="auto" if args.resume else "never",
-        **recipe.run_options(),
-    )
-    if rank:  # of several processes the first alone writes
-        return 0
+
+
+def _write(
+    args: argparse.Namespace,
+    folder: Path,
+    trainer: ObjectiveTrainer,
+    network: dict[str, Any],
+    data: DataSet | StreamedSet,
+    recipe: Recipe,
+) -> None:
+    """Write the run and the weights of the other epoch, forget its checkpoints, and say what came of it."""
+    from art_saliency.data import DataSet
+    from art_saliency.files import write_tensors
+    from art_saliency.trainers.runs import save
+    from art_saliency.training.checkpoint import clear
+
     save(
         folder,
-        classifier,
+        trainer.get_classifier(),
         network=network,
         method=args.method,
         settings=trainer.config(),
-        data={"spec": spec_of(args.data), "root": args.data_root, "size": args.size, "fingerprint": data.fingerprint()},
+        data={
+            "spec": spec_of(args.data),
+            "root": args.data_root,
+            "size": args.size,
+            "streamed": not isinstance(data, DataSet),
+            "fingerprint": data.fingerprint(),
+        },
         history=trainer.history,
         recipe=recipe.to_json(),
         force=True,  # it was vacant, or the user's word was taken, before the training
     )
     kept = trainer.history.meta["weights"]
-    (folder / f"{kept['selection']}.pt").unlink(
-        missing_ok=True
-    )  # of a run that was here before: weights.pt holds them now
+    # Of a run that was here before: weights.pt holds them now.
+    (folder / f"{kept['selection']}.pt").unlink(missing_ok=True)
     for which, weights in trainer.kept_weights.items():
         if which != kept["selection"]:
             write_tensors(folder / f"{which}.pt", weights)
-    if alone:
-        clear(folder / _KEPT)
+    clear(folder / _KEPT)
     print(
         f"{folder}: {_weights(kept)}; {_summary(trainer.history[kept['epoch']])}. Next: art-saliency evaluate {folder}"
     )
-    return 0
+
+
+def _interruption(fit: Callable[..., None], **options: Any) -> TrainingInterrupted | None:
+    """:return: What interrupted the training, once it was kept."""
+    try:
+        fit(**options)
+    except TrainingInterrupted as error:
+        return error.with_traceback(None)  # it would keep the run alive
+    return None
 
 
 def _weights(kept: dict[str, Any]) -> str:
@@ -255,7 +297,7 @@ def _weights(kept: dict[str, Any]) -> str:
     return f"{kept['selection']} weights (epoch {kept['epoch'] + 1}{averaged}{stopped})"
 
 
-def _network(args: argparse.Namespace, data: DataSet) -> dict[str, Any]:
+def _network(args: argparse.Namespace, data: DataSet | StreamedSet) -> dict[str, Any]:
     """:return: The arguments of ``build_network``, as ``run.json`` keeps them."""
     from art_saliency.networks import default_network
 

@@ -27,7 +27,7 @@ from art_saliency.trainers.network import ClassifierNetwork, check_trainable
 from art_saliency.trainers.teacher import teacher_maps, trained_teacher
 from art_saliency.training.averaging import ExponentialAverage, StochasticWeightAverage
 from art_saliency.training.awp import WeightPerturbation
-from art_saliency.training.batches import Augment, Batches, ResidentBatches, StreamedBatches
+from art_saliency.training.batches import Augment, Batches, ImageView, ResidentBatches, StreamedBatches
 from art_saliency.training.checkpoint import MAPS, RESUME, Checkpoints, cadence
 from art_saliency.training.engine import PRECISIONS, Engine, launched
 from art_saliency.training.extensions import Extension, OverfittingWatch, Validation
@@ -277,8 +277,8 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         self._check_options(options, validated=validation_data is not None or options.validation_split > 0)
         self._check_run(batch_size, nb_epochs, scheduler, options)
         checkpoints = options.checkpoints()
-        images, targets = self.prepare(x, y)
-        validation = None if validation_data is None else self.prepare(*_pair(validation_data), name="validation_data")
+        images, targets = self._viewed(x, y)
+        validation = None if validation_data is None else self._viewed(*_pair(validation_data), name="validation_data")
         if validation is None and options.validation_split:
             images, targets, validation = _hold_out(images, targets, options.validation_split, options.seed or 0)
         self._check_batches(len(images), batch_size)
@@ -309,7 +309,8 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         :param generator: An ART ``DataGenerator`` or a torch ``DataLoader`` that yields (x, y) as :meth:`fit` takes them.
         :param nb_epochs: Passes over the stream.
         :param kwargs: ``validation_data`` and ``scheduler`` as in :meth:`fit`, and the fields of :class:`RunOptions`. A run with a
-            ``checkpoint_dir`` needs a ``DataLoader``, which can begin an epoch again; its content is not compared.
+            ``checkpoint_dir`` needs a ``DataLoader``, which can begin an epoch again; of its content, what the data set's
+            ``fingerprint()`` says is compared, if it has one.
         """
         validation_data, scheduler = kwargs.pop("validation_data", None), kwargs.pop("scheduler", None)
         options = RunOptions.checked(f"{type(self).__name__}.fit_generator", kwargs)
@@ -324,11 +325,13 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
             raise _checks.refuse("generator", got, "a torch DataLoader for a run with a checkpoint_dir")
         self._check_run(batch_size, nb_epochs, scheduler, options)
         checkpoints = options.checkpoints()
-        self._check_batches(2, batch_size)
-        validation = None if validation_data is None else self.prepare(*_pair(validation_data), name="validation_data")
+        self._check_batches(batch_size, batch_size)
+        validation = None if validation_data is None else self._viewed(*_pair(validation_data), name="validation_data")
         if checkpoints is not None:
             options = options.seeded(checkpoints.identity.get("seed"))
             data = {"stream": f"{steps} batches", "dataset": type(generator.dataset).__name__}
+            if callable(content := getattr(generator.dataset, "fingerprint", None)):  # as files of images have it
+                data["content"] = content()
             self._claim(checkpoints, data, validation, nb_epochs, batch_size, scheduler, options)
         options = options.seeded()
         batches = StreamedBatches(
@@ -368,12 +371,24 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
 
         :return: (N, C, H, W) in [0, 1] or uint8 standing for it; (N,) int64 or (N, K) float32.
         """
-        images, (low, high) = self._images(name, x)
+        images, targets = self._viewed(x, y, name=name)
+        return images[:], targets
+
+    def _viewed(self, x: Any, y: Any, *, name: str = "x") -> tuple[ImageView, Tensor]:
+        """:meth:`prepare`, with images that a file holds left there."""
+        images, _ = self._images(name, x)
         targets = _checks.labels(y, len(images), self._classifier.nb_classes, soft=self.objective.soft_labels)
-        if images.dtype != torch.uint8:
-            images = images.float()
-            images = images if (low, high) == (0.0, 1.0) else ((images - low) / (high - low)).clamp_(0, 1)
-        return images, targets
+        if _checks.is_mapped(x):
+            return ImageView(images, convert=self._to_unit_range), targets
+        return ImageView(self._to_unit_range(images)), targets
+
+    def _to_unit_range(self, images: Tensor) -> Tensor:
+        """:return: Images within ``clip_values`` in [0, 1]; uint8 as it is."""
+        low, high = self._network.low, self._network.high
+        if images.dtype == torch.uint8:
+            return images
+        images = images.float()
+        return images if (low, high) == (0.0, 1.0) else ((images - low) / (high - low)).clamp_(0, 1)
 
     def _images(self, name: str, x: Any) -> tuple[Tensor, tuple[float, float]]:
         low, high = self._network.low, self._network.high
@@ -381,7 +396,11 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         images = _checks.images(
             x, name=name, low=low, high=high, shape=tuple(self._classifier.input_shape), allow_uint8=whole_bytes
         )
-        if images.dtype == torch.uint8 and high == 1 and int(images.max()) <= 1:
+        if (
+            images.dtype == torch.uint8
+            and high == 1
+            and all(int(piece.max()) <= 1 for piece in torch.split(images, 256))
+        ):
             raise _checks.refuse(
                 name, "uint8 of 0 and 1 alone", "uint8 from 0 to 255", "it would be divided by 255: convert it to float"
             )
@@ -389,7 +408,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
 
     def _maps(
         self,
-        images: Tensor,
+        images: ImageView,
         targets: Tensor,
         batches: Batches,
         epochs: int,
@@ -414,14 +433,15 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
             )
         if maps_file is None and checkpoints is not None:
             maps_file = checkpoints.folder / MAPS
-        x, y = images.to(self._device), targets.to(self._device)
-        return teacher_maps(objective, teacher, x, y, maps_file=maps_file, verbose=options.verbose)
+        if launched()[0] and maps_file is not None and not os.path.exists(maps_file):
+            maps_file = None  # of several processes the first alone writes
+        return teacher_maps(objective, teacher, images, targets, maps_file=maps_file, verbose=options.verbose)
 
     def _claim(
         self,
         checkpoints: Checkpoints,
         data: dict[str, Any],
-        validation: tuple[Tensor, Tensor] | None,
+        validation: tuple[ImageView, Tensor] | None,
         epochs: int,
         batch_size: int,
         scheduler: Any,
@@ -439,7 +459,8 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
                 data={**data, "validation": None if validation is None else digest_of_pair(*validation)},
                 epochs=epochs,
                 batch_size=batch_size,
-            )
+            ),
+            Engine(self._device) if launched()[1] > 1 else None,
         )
 
     def _check_run(self, batch_size: int, nb_epochs: int, scheduler: Any, options: RunOptions) -> None:
@@ -495,7 +516,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         batches: Batches,
         epochs: int,
         scheduler: Any,
-        validation: tuple[Tensor, Tensor] | None,
+        validation: tuple[ImageView, Tensor] | None,
         options: RunOptions,
         checkpoints: Checkpoints | None,
     ) -> None:
@@ -541,8 +562,6 @@ def _check_ranks(count: int, batch_size: int, options: RunOptions) -> None:
         raise _checks.refuse("batch_size", str(batch_size), f"a multiple of {count} {together}", "it is of all of them")
     if options.seed is None:
         raise _checks.refuse("seed", "None", f"a number {together}", "each would draw another")
-    if options.checkpoint_dir is not None:
-        raise _checks.refuse("checkpoint_dir", str(options.checkpoint_dir), f"None {together}", "train in one process")
 
 
 def _pair(validation_data: Any) -> tuple[Any, Any]:
@@ -551,8 +570,8 @@ def _pair(validation_data: Any) -> tuple[Any, Any]:
     return validation_data[0], validation_data[1]
 
 
-def _hold_out(x: Tensor, y: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Split off a validation set at random, class by class, the same for the same seed."""
+def _hold_out(x: ImageView, y: Tensor, share: float, seed: int) -> tuple[ImageView, Tensor, tuple[ImageView, Tensor]]:
+    """Split off a validation set at random, class by class, the same for the same seed. No image is copied."""
     count = max(1, round(share * len(x)))
     if count >= len(x):
         raise _checks.refuse(
@@ -560,7 +579,7 @@ def _hold_out(x: Tensor, y: Tensor, share: float, seed: int) -> tuple[Tensor, Te
         )
     hard = y if y.ndim == 1 else y.argmax(1)
     kept, held = stratified_split(hard, count, seed)
-    return x[kept], y[kept], (x[held], hard[held])
+    return x.among(kept), y[kept], (x.among(held), hard[held])
 
 
 def _stream(generator: Any) -> tuple[Callable[[], Iterator[Any]], int, int]:

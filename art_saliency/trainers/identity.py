@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from art_saliency.files import sha256_of_tensors
+from art_saliency.training.batches import ImageView
 
 if TYPE_CHECKING:
     from art_saliency.trainers.base import ObjectiveTrainer, RunOptions
@@ -23,11 +24,11 @@ _FREE = ("extensions", "verbose", "checkpoint_dir", "checkpoint_every", "resume"
 
 _MOVING = ("lr", "initial_lr", "max_lr", "min_lr", "params", "param_names")
 _MOVING_OF_SCHEDULERS = ("last_epoch", "best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i")
-_CHUNK = 1 << 24  # elements brought to the CPU in one go
+_CHUNK = 1 << 22  # elements brought to the CPU in one go
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def digest_of_pair(x: Tensor, y: Tensor) -> str:
+def digest_of_pair(x: Tensor | ImageView, y: Tensor) -> str:
     """
     Tell a set of images from others.
 
@@ -37,7 +38,7 @@ def digest_of_pair(x: Tensor, y: Tensor) -> str:
     digest = hashlib.sha256()
     for tensor in (x, y):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}|".encode())
-        for start in range(0, len(tensor), rows := max(1, _CHUNK // max(1, tensor[0].numel()))):
+        for start in range(0, len(tensor), rows := max(1, _CHUNK // max(1, tensor.shape[1:].numel()))):
             digest.update(tensor[start : start + rows].cpu().contiguous().numpy().data)
     return f"{len(x)} images, {digest.hexdigest()[:32]}"
 

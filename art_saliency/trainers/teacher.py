@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from art_saliency.methods.baselines import Standard
-from art_saliency.training.batches import Batches
+from art_saliency.training.batches import Batches, ImageView
 from art_saliency.training.checkpoint import Checkpoints
 from art_saliency.training.engine import Engine
 from art_saliency.training.loop import train
@@ -27,7 +27,7 @@ __all__ = ["teacher_maps", "trained_teacher"]
 def teacher_maps(
     objective: Any,
     teacher: nn.Module,
-    images: Tensor,
+    images: Tensor | ImageView,
     targets: Tensor,
     *,
     maps_file: str | os.PathLike[str] | None,
@@ -37,7 +37,7 @@ def teacher_maps(
     The maps of a whole training set, for :class:`~art_saliency.training.batches.ResidentBatches`.
 
     :param objective: With ``cached_maps`` and ``full_maps``. :param teacher: On [0, 1], on the device.
-    :param images: (N, C, H, W) in [0, 1] or uint8, on the device. :param targets: (N,) or (N, K).
+    :param images: (N, C, H, W) in [0, 1] or uint8, on any device. :param targets: (N,) or (N, K).
     :param maps_file: Where they are kept between runs; ``None`` keeps none.
     :return: The keywords ``maps`` and ``expand``.
     """

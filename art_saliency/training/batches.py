@@ -12,10 +12,56 @@ from art_saliency.data import to_unit
 from art_saliency.methods.base import Batch
 from art_saliency.randomness import RandomSource
 
-__all__ = ["Augment", "Batches", "ResidentBatches", "StreamedBatches"]
+__all__ = ["Augment", "Batches", "ImageView", "ResidentBatches", "StreamedBatches"]
 
 Augment = Callable[..., "tuple[Tensor, Tensor | None]"]
 """(x, random, maps) -> (x, maps): moves images, and maps with them, on the device."""
+
+
+class ImageView:
+    """
+    Images of a set by their places in it, brought to [0, 1] as they are asked for: of a set in a file nothing else is ever in memory.
+
+    :param source: (N, C, H, W), in memory or mapped from a file.
+    :param places: (M,) int64, which images; ``None`` is all of them.
+    :param convert: Brings images of the source to [0, 1] or uint8; ``None`` leaves them as they are.
+    :ivar shape: (M, C, H, W). :ivar dtype: Of the images that are given. :ivar device: Where the source lies.
+    """
+
+    def __init__(
+        self, source: Tensor, places: Tensor | None = None, convert: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.source, self.convert = source, convert
+        self.places = None if places is None else places.to(source.device)
+        self.shape = torch.Size([len(source) if places is None else len(places), *source.shape[1:]])
+        self.device = source.device
+        self.dtype = self[:1].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        """:param index: Places in this view. :return: These images, (B, C, H, W)."""
+        images = self.source[index if self.places is None else self.places[index]]
+        return images if self.convert is None else self.convert(images)
+
+    def among(self, places: Tensor) -> ImageView:
+        """:return: A view of some of these images."""
+        places = places.to(self.device)
+        return ImageView(self.source, places if self.places is None else self.places[places], self.convert)
+
+    def to(self, device: torch.device) -> Tensor:
+        """:return: All of them on a device, copied piece by piece where they are not the source itself."""
+        if self.places is None and self.convert is None:
+            return self.source.to(device)
+        images = torch.empty(self.shape, dtype=self.dtype, device=device)
+        rows = max(1, _PIECE // max(1, self.shape[1:].numel()))
+        for start in range(0, len(self), rows):
+            images[start : start + rows] = self[start : start + rows].to(device)
+        return images
+
+
+_PIECE = 1 << 22  # pixels that are copied at a time
 
 
 class Batches(Protocol):
@@ -45,7 +91,8 @@ class ResidentBatches:
     On a GPU whose free memory it would fill by more than two fifths it stays on the host and batches travel.
     A last batch of one image is left out of its epoch: BatchNorm has no variance for it. Shuffling makes it another every time.
 
-    :param x: (N, C, H, W) in [0, 1] or uint8. :param y: (N,) int64 or (N, K).
+    :param x: (N, C, H, W) in [0, 1] or uint8; a view that stays on the host is read batch by batch.
+    :param y: (N,) int64 or (N, K).
     :param maps: (N, M, h, w) per-image maps; `expand` makes them as large as the images before augmentation moves both.
     :param augment: Moves images and maps on the device.
     :param world_size: How many processes share every batch, each its equal part; what is left over is left out as the last one is.
@@ -53,7 +100,7 @@ class ResidentBatches:
 
     def __init__(
         self,
-        x: Tensor,
+        x: Tensor | ImageView,
         y: Tensor,
         *,
         batch_size: int,
@@ -64,7 +111,8 @@ class ResidentBatches:
         world_size: int = 1,
     ) -> None:
         home = device if _fits(x, device) else torch.device("cpu")
-        self.x, self.y, self.maps = x.to(home), y.to(device), None if maps is None else maps.to(home)
+        self.x = x if x.device == home else x.to(home)
+        self.y, self.maps = y.to(device), None if maps is None else maps.to(home)
         self.device, self.augment, self.expand = device, augment, expand
         self.batch_size = min(batch_size, len(x))
         whole, rest = divmod(len(x), self.batch_size)
@@ -97,11 +145,11 @@ def _own_rows(batch: Tensor, random: RandomSource) -> Tensor:
     return batch[random.rank * random.rows : (random.rank + 1) * random.rows]
 
 
-def _fits(x: Tensor, device: torch.device) -> bool:
+def _fits(x: Tensor | ImageView, device: torch.device) -> bool:
     if device.type != "cuda":
         return True
     free, _ = torch.cuda.mem_get_info(device)
-    return x.numel() * x.element_size() < 0.4 * free
+    return x.shape.numel() * x.dtype.itemsize < 0.4 * free
 
 
 class StreamedBatches:

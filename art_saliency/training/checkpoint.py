@@ -26,9 +26,11 @@ import torch
 from art_saliency import _checks
 from art_saliency.errors import CheckpointError, TrainingInterrupted
 from art_saliency.files import read_tensors, sha256_of_file, write_tensors
-from art_saliency.training.state import RunState
+from art_saliency.training.engine import launched
+from art_saliency.training.state import RunState, changed, digests, own_leaves
 
 if TYPE_CHECKING:
+    from art_saliency.training.engine import Engine
     from art_saliency.training.loop import Run
 
 __all__ = ["MAPS", "RESUME", "Checkpoints", "cadence", "clear", "differences"]
@@ -71,6 +73,10 @@ class Checkpoints:
     """
     Where a run is kept. The last two checkpoints stay, and no other file in the folder is touched.
 
+    Of several processes that train together each reads the folder, so that each refuses what does not fit; rank 0 alone writes, and
+    when they go on all take up what it has read. It keeps its own state whole, and what differs in the others'. They agree between
+    two steps, so that a signal to one of them ends all after the same step, and so does an error of the writer.
+
     As a context it lets SIGINT and SIGTERM wait for the end of a step, in the main thread alone: the run is then kept, and
     :class:`~art_saliency.errors.TrainingInterrupted` says how to go on. A second signal acts as it always does. The number of
     torch's threads, on which results depend bit for bit, is the interrupted run's meanwhile, and as before afterwards.
@@ -89,11 +95,14 @@ class Checkpoints:
         numbers = [number for number, _, _ in _files(self.folder)]
         self._number = max(numbers, default=0)
         self._identity: dict[str, Any] = {}
+        self._engine: Engine | None = None
+        self.rank = launched()[0]
         self._good: list[Path] = []
         self._found = None if resume == "never" else self._newest()
-        if self._found is None and resume == "must":
+        if self._found is None and resume == "must" and self.rank == 0:
             raise CheckpointError(f"{self.folder}: holds no checkpoint, expected one to resume from; check the path")
         self._signal: int | None = None
+        self._error: Exception | None = None
         self._handlers: dict[int, Any] = {}
         self._writer: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
@@ -130,15 +139,17 @@ class Checkpoints:
         """What the run that is to be resumed was; empty when there is none."""
         return {} if self._found is None else dict(json.loads(self._found["identity"]))
 
-    def belong_to(self, identity: dict[str, Any]) -> None:
+    def belong_to(self, identity: dict[str, Any], engine: Engine | None = None) -> None:
         """
         Say which run is to be kept here, before any work starts.
 
         :param identity: JSON-able: all that must be equal in a run that goes on.
+        :param engine: What connects the processes, where there are several: nothing is written before all have come here.
         :raises InputError: When the run that is here differs; what differs is named, and nothing is changed.
         """
-        self._identity = json.loads(json.dumps(identity))
-        if self._found is not None and (found := differences(self.identity, self._identity)):
+        self._identity, self._engine = json.loads(json.dumps({**identity, "processes": launched()[1]})), engine
+        before = {"processes": 1, **self.identity}  # a run of a version that kept those of one process alone
+        if self._found is not None and (found := differences(before, self._identity)):
             shown = "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
             raise _checks.refuse(
                 "resume",
@@ -146,28 +157,37 @@ class Checkpoints:
                 "the same data and settings",
                 "give those, choose another folder, or start anew with resume='never' (--force)",
             )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob(f"*{_ASIDE}*"):  # by a process that was killed while it wrote
-                left.unlink()
-        except OSError as error:
-            raise CheckpointError(f"{self.folder}: cannot be written to ({error.strerror}); choose another") from error
+        self._agree()
+        if self.rank == 0:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for left in self.folder.glob(f"*{_ASIDE}*"):  # by a process that was killed while it wrote
+                    left.unlink()
+            except OSError as error:
+                self._error = CheckpointError(f"{self.folder}: cannot be written to ({error.strerror}); choose another")
+                self._error.__cause__ = error
+        self._agree()
 
     def below(self, name: str) -> Checkpoints:
         """:return: The checkpoints, in a folder of that name, of a run that this one needs first, such as a teacher's."""
         inner = Checkpoints(self.folder / name, every=self.every, resume="never" if self.resume == "never" else "auto")
         identity = {**self._identity, "part": name}
-        if differences(inner.identity, identity):
+        if differences({"processes": 1, **inner.identity}, identity):
             inner._found, inner._good = None, []
-        inner.belong_to(identity)
+        inner.belong_to(identity, self._engine)
         return inner
 
     # --- called by the loop -------------------------------------------------------------------------------------------
 
     def restore(self, run: Run) -> None:
         """Put an interrupted run back, all but its extensions."""
+        if self._engine is not None:
+            # Another node may have another disk, or none of the run's: all go on from what rank 0 has read.
+            self._found = self._engine.of_first(self._found)
         if self._found is None:
             return
+        if self.rank:
+            self._found["state"] = changed(self._found["state"], self._found["others"][self.rank - 1])
         state = RunState.read(self._found["state"])
         state.restore(run)
         if run.epoch < run.epochs and not run.stopping:
@@ -181,48 +201,73 @@ class Checkpoints:
             self._found = None  # it takes memory
             return
         self._save(run)
-        self._wait()
+        self._settle()
 
     def after_step(self, run: Run) -> None:
         """Between two steps of an epoch."""
         if self._writing is not None and self._writing.done():
             self._wait()  # an error of the writer ends the run now
-        if self._signal is not None or self._is_due(run):
+        number, due = self._agree(self._is_due(run))
+        if number or due:
             run.guard.read(run.step, run.epoch)  # what is not finite is not kept
             self._save(run)
-        self._stop_if_asked(run)
+        self._stop_if_asked(run, number)
 
     def after_epoch(self, run: Run) -> None:
         """Between two epochs."""
         over = run.stopping or run.epoch >= run.epochs
         at_epoch = self._unit == "epochs" and run.epoch % self._count == 0
-        if over or at_epoch or self._signal is not None or self._is_due(run):
+        number, due = self._agree(over or at_epoch or self._is_due(run))
+        if number or due:
             self._save(run)
-        self._stop_if_asked(run)
+        self._stop_if_asked(run, number)
         if over:
-            self._wait()
+            self._settle()
 
     def _is_due(self, run: Run) -> bool:
         if self._unit == "steps":
             return run.step - self._last_step >= self._count
         return self._unit == "seconds" and time.monotonic() - self._last_time >= self._count
 
-    def _stop_if_asked(self, run: Run) -> None:
-        if self._signal is not None:
-            self._wait()
-            number, self._signal = self._signal, None
+    def _stop_if_asked(self, run: Run, number: int) -> None:
+        if number:
+            self._settle()
+            self._signal = None
             raise TrainingInterrupted(number, run.step, self.folder)
+
+    def _agree(self, due: bool = False) -> tuple[int, bool]:
+        """
+        What all processes are to do now.
+
+        :param due: Whether a checkpoint is.
+        :return: The signal that one of them was sent, or 0; and whether a checkpoint is due: clocks differ, so one decides for all.
+        :raises CheckpointError: In all of them, when rank 0 could not write.
+        """
+        error, self._error = self._error, None
+        number, failed, due_to_all = self._signal or 0, error is not None, due
+        if self._engine is not None:
+            number, *flags = self._engine.greatest_of_all([number, failed, due and self.rank == 0])
+            failed, due_to_all = map(bool, flags)
+        if error is not None:
+            raise error
+        if failed:
+            raise CheckpointError(f"{self.folder}: rank 0 could not write there; see what it says")
+        return number, due_to_all
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
     def _save(self, run: Run) -> None:
         """Copy the run, and write the copy while it goes on."""
         assert self._writer is not None
-        self._wait()  # one copy at a time
+        self._settle()  # one copy at a time
         state = RunState.of(run).content()
         content = {"schema": SCHEMA, "identity": json.dumps(self._identity), "state": state}
         self._last_step, self._last_time = run.step, time.monotonic()
-        self._writing = self._writer.submit(self._write, content)
+        if self._engine is not None:
+            first = self._engine.of_first(digests(state) if self.rank == 0 else None)
+            content["others"] = (self._engine.gathered(own_leaves(state, first) if self.rank else None) or [])[1:]
+        if self.rank == 0:
+            self._writing = self._writer.submit(self._write, content)
 
     def _write(self, content: dict[str, Any]) -> None:
         aside = self.folder / _ASIDE
@@ -238,11 +283,19 @@ class Checkpoints:
         except OSError as error:
             raise CheckpointError(f"{path}: could not be put in its place ({error.strerror})") from error
 
+    def _settle(self) -> None:
+        """Until what is being written is written. :raises CheckpointError: In every process, when it could not be."""
+        self._wait()
+        self._agree()
+
     def _wait(self) -> None:
-        """Until what is being written is written. :raises CheckpointError: When it could not be."""
+        """Until what is being written here is written; an error is kept, to be raised where all can hear of it."""
         writing, self._writing = self._writing, None
         if writing is not None:
-            writing.result()
+            try:
+                writing.result()
+            except Exception as error:
+                self._error = error
 
     # --- signals and threads ------------------------------------------------------------------------------------------
 
@@ -271,10 +324,8 @@ class Checkpoints:
         self._writer.shutdown(wait=True)
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
-        if error is None:
-            self._wait()
-            if self._signal is not None:  # it came after the last checkpoint
-                signal.raise_signal(self._signal)
+        if error is None and self._signal is not None:  # it came after the last checkpoint
+            signal.raise_signal(self._signal)
 
 
 def clear(folder: Path) -> None:

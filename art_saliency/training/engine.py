@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import inspect
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -68,6 +71,8 @@ class Engine:
             precision="32-true",
         )
         self.fabric.launch()
+        atexit.unregister(_part)
+        atexit.register(_part)  # gloo's threads would end a process that leaves them running by SIGABRT
 
     def setup(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
         """:return: The network and optimizer that the loop is to call."""
@@ -111,9 +116,50 @@ class Engine:
                 if buffer.is_floating_point():
                     self.mean_over_ranks(buffer)
 
+    def greatest_of_all(self, numbers: Sequence[int]) -> list[int]:
+        """
+        Let the processes agree between two steps, on the host: the device's queue of work is not waited for.
+
+        :return: Of each number, the greatest that any process brings.
+        """
+        if self.plain:
+            return list(numbers)
+        values = torch.tensor(numbers, dtype=torch.int64)
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=self._host_group)
+        return [int(value) for value in values]
+
+    def of_first(self, value: Any) -> Any:
+        """:return: Rank 0's value, tensors (on the CPU) and plain values, in every process."""
+        if self.plain:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0, group=self._host_group)
+        return box[0]
+
+    def gathered(self, value: Any) -> list[Any] | None:
+        """:return: On rank 0 every process's value by rank, elsewhere ``None``."""
+        if self.plain:
+            return [value]
+        found = [None] * self.world_size if self.rank == 0 else None
+        torch.distributed.gather_object(value, found, dst=0, group=self._host_group)
+        return found
+
+    @cached_property
+    def _host_group(self) -> Any:
+        """The processes, connected through their hosts: what they tell each other must not wait for a GPU."""
+        if torch.distributed.get_backend() == "gloo":
+            return None
+        return torch.distributed.new_group(backend="gloo")
+
     def any_of_all(self, flag: bool) -> bool:
         """:return: Whether any process says yes: all must end a run together."""
         return flag if self.plain else float(self.mean_over_ranks(torch.tensor([float(flag)], device=self.device))) > 0
+
+
+def _part() -> None:
+    gc.collect()  # of a run that an error ended
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from art_saliency.attacks import pgd
@@ -14,11 +15,14 @@ from art_saliency.evaluation.accuracy import accuracy, pgd_accuracy
 from art_saliency.methods.base import Batch, LossTerms
 from art_saliency.modes import evaluating
 from art_saliency.threat import ThreatModel
+from art_saliency.training.batches import ImageView
 
 if TYPE_CHECKING:
     from art_saliency.training.loop import Run
 
 __all__ = ["Extension", "OverfittingWatch", "Validation"]
+
+_PIECE = 1 << 26  # bytes
 
 
 class Extension:
@@ -71,7 +75,7 @@ class Validation(Extension):
 
     What is measured is what would stay: the averaged weights where an average is kept.
 
-    :param x: (N, C, H, W) in [0, 1] or uint8. :param y: (N,) int64.
+    :param x: (N, C, H, W) in [0, 1] or uint8, or a view of such images. :param y: (N,) int64.
     :param threat: What PGD may do; ``None`` measures clean accuracy only.
     :param every: Epochs between two measurements; the last epoch is always measured.
     :param max_iter: PGD steps.
@@ -79,7 +83,7 @@ class Validation(Extension):
 
     def __init__(
         self,
-        x: Tensor,
+        x: Tensor | ImageView,
         y: Tensor,
         *,
         threat: ThreatModel | None,
@@ -94,18 +98,29 @@ class Validation(Extension):
         """Measure and write down."""
         if (run.epoch + 1) % self.every and run.epoch + 1 < run.epochs:
             return
-        model = run.candidate
-        record["validation_accuracy"] = accuracy(model, self.x, self.y, batch_size=self.batch_size)
+        clean = robust = 0.0  # images that are classified right
+        for number, (x, y) in enumerate(self._pieces()):
+            clean += len(y) * accuracy(run.candidate, x, y, batch_size=self.batch_size)
+            if self.threat is not None:
+                robust += len(y) * pgd_accuracy(
+                    run.candidate,
+                    x,
+                    y,
+                    threat=self.threat,
+                    max_iter=self.max_iter,
+                    batch_size=self.batch_size,
+                    seed=(run.random.seed + number) % 2**63,
+                )
+        record["validation_accuracy"] = round(clean) / len(self.y)
         if self.threat is not None:
-            record["validation_robust_accuracy"] = pgd_accuracy(
-                model,
-                self.x,
-                self.y,
-                threat=self.threat,
-                max_iter=self.max_iter,
-                batch_size=self.batch_size,
-                seed=run.random.seed,
-            )
+            record["validation_robust_accuracy"] = round(robust) / len(self.y)
+
+    def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The held-out images some 64 MB at a time: a share of a set in a file may be larger than memory."""
+        bytes_each = self.x.dtype.itemsize * self.x.shape[1:].numel()
+        rows = self.batch_size * max(1, _PIECE // (self.batch_size * bytes_each))
+        for start in range(0, len(self.y), rows):
+            yield self.x[start : start + rows], self.y[start : start + rows]
 
 
 class OverfittingWatch(Extension):
@@ -129,10 +144,9 @@ class OverfittingWatch(Extension):
         if run.batch is None or run.logits is None:
             return
         x, y = run.batch.x, run.batch.y if run.batch.y.ndim == 1 else run.batch.y.argmax(1)
-        radius = run.objective.radius(run.batch.progress)
-        threat = ThreatModel(self.threat.norm, radius * self.threat.eps)
+        threat = self.threat.scaled(run.objective.radius(run.batch.progress))
         x_adv = pgd(run.model, x, y, threat=threat, max_iter=self.max_iter)
-        with evaluating(run.model):
+        with evaluating(run.model), torch.no_grad():
             against_pgd = float((run.model(x_adv).argmax(1) == y).float().mean())
         on_own_examples = float((run.logits.argmax(1) == y).float().mean())
         record["train_pgd_accuracy"] = against_pgd

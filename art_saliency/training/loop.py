@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from art_saliency.gradients import second_derivatives
 from art_saliency.methods.base import Batch, LossTerms, Objective, auxiliary_modules, auxiliary_terms
 from art_saliency.modes import modes_kept
 from art_saliency.randomness import RandomSource
@@ -119,7 +120,7 @@ def _epoch(
         batch.progress, batch.target_model = run.step / (run.epochs * steps), run.target_model
         for extension in extensions:
             extension.before_step(run, batch)
-        with _around_gradient(run, batch, extensions):
+        with second_derivatives(run.objective.double_backward), _around_gradient(run, batch, extensions):
             with run.engine.autocast():
                 result = _loss_terms(run, model, batch)
             optimizer.zero_grad(set_to_none=True)

@@ -7,6 +7,7 @@ that were trained on, and goes on with the random states of the interruption. So
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
 from collections import Counter
@@ -25,7 +26,7 @@ from art_saliency.methods.base import Batch
 if TYPE_CHECKING:
     from art_saliency.training.loop import Run
 
-__all__ = ["RunState", "begin_epoch", "random_states", "set_random_states"]
+__all__ = ["RunState", "begin_epoch", "changed", "digests", "own_leaves", "random_states", "set_random_states"]
 
 
 def random_states(run: Run) -> dict[str, Any]:
@@ -159,6 +160,61 @@ class RunState:
                 raise _checks.refuse("extensions", f"no {name}", "those of the interrupted run", "give the same ones")
             named[name].load_state_dict(state)
         set_random_states(run, self.random)
+
+
+Place = tuple[Any, ...]
+"""Keys and indices that lead to a leaf of a tree of dicts, lists and tuples."""
+
+
+def _leaves(tree: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
+    items = tree.items() if type(tree) is dict else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
+    empty = True
+    for key, item in items:
+        empty = False
+        yield from _leaves(item, (*place, key))
+    if empty:
+        yield place, tree
+
+
+def _digest(leaf: Any) -> bytes:
+    if not isinstance(leaf, Tensor):
+        return repr(leaf).encode()
+    digest = hashlib.sha256(f"{leaf.dtype} {tuple(leaf.shape)}|".encode())
+    digest.update(leaf.contiguous().reshape(-1).view(torch.uint8).numpy().data if leaf.numel() else b"")
+    return digest.digest()
+
+
+def digests(content: dict[str, Any]) -> dict[str, dict[Place, bytes]]:
+    """:return: Of each field of :meth:`RunState.content`, what tells its leaves from another process's."""
+    return {name: {place: _digest(leaf) for place, leaf in _leaves(tree)} for name, tree in content.items()}
+
+
+def own_leaves(content: dict[str, Any], first: dict[str, dict[Place, bytes]]) -> dict[Place, Any]:
+    """
+    What one process's state holds that rank 0's does not: random states, BatchNorm's statistics in the midst of an epoch, figures.
+
+    :param first: :func:`digests` of rank 0's content.
+    :return: By place, for :func:`changed`: leaves, or a whole field whose leaves are others.
+    """
+    own: dict[Place, Any] = {}
+    for name, tree in content.items():
+        leaves = {place: (leaf, _digest(leaf)) for place, leaf in _leaves(tree)}
+        if leaves.keys() != first[name].keys():
+            own[(name,)] = tree
+            continue
+        own.update({(name, *place): leaf for place, (leaf, seen) in leaves.items() if seen != first[name][place]})
+    return own
+
+
+def changed(tree: Any, own: dict[Place, Any], place: Place = ()) -> Any:
+    """:return: Rank 0's content as that of the process whose :func:`own_leaves` these are."""
+    if place in own:
+        return own[place]
+    if type(tree) is dict:
+        return {key: changed(item, own, (*place, key)) for key, item in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(changed(item, own, (*place, number)) for number, item in enumerate(tree))
+    return tree
 
 
 def _named_extensions(run: Run) -> dict[str, Any]:

@@ -1,0 +1,76 @@
+"""``art-saliency bench --scaling``: what methods would cost on ImageNet, on paper."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+__all__ = ["METHODS", "counts", "table"]
+
+METHODS = "standard,fgsm-rs,pgd-at:max_iter=3,pgd-at,trades,mart,alp,adv-gsct,j-sigr,aalp,fsr+pgd-at"
+"""What is counted where ``--methods`` says nothing."""
+
+_GPUS, _EPOCHS = (1, 8, 64), (100, 30)
+
+
+def counts(methods: str, *, network: str, side: int, eps: float, max_iter: int) -> dict[str, tuple[float, bool]]:
+    """
+    Count, on this CPU, what a step of each method takes.
+
+    :param methods: As for ``bench``. :param network: Its name. :param side: Of the images.
+    :return: By method, forward-backward passes, and whether it differentiates input gradients.
+    """
+    import torch
+
+    from art_saliency.cli._arms import parse_arm
+    from art_saliency.networks import build_network
+    from art_saliency.trainers.methods import TRAINERS
+    from art_saliency.trainers.runs import make_classifier
+    from art_saliency.training.scaling import counted_passes
+
+    shape = (3, side, side)
+    torch.manual_seed(0)
+    plain = build_network(network, num_classes=1000, input_shape=shape)
+    found = {}
+    for arm in (parse_arm(word.strip()) for word in methods.split(",")):
+        model = copy.deepcopy(plain)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        classifier = make_classifier(model, input_shape=shape, num_classes=1000, optimizer=optimizer)
+        kind, parameters = TRAINERS[arm.trainer], {"eps": eps, **arm.parameters}
+        names = {*kind.parameter_names(), *_base_names(arm.parameters)}
+        if "max_iter" in names:
+            parameters.setdefault("max_iter", max_iter)
+        objective = kind(classifier, **parameters).objective
+        passes = counted_passes(plain, {arm.name: (classifier.model, objective)}, shape)[arm.name]
+        found[arm.name] = (passes, objective.double_backward)
+    return found
+
+
+def _base_names(parameters: Mapping[str, object]) -> Sequence[str]:
+    from art_saliency.methods import OBJECTIVES
+
+    base = parameters.get("base")
+    return OBJECTIVES[str(base)].parameter_names() if base else ()
+
+
+def table(found: Mapping[str, tuple[float, bool]]) -> str:
+    """:param found: What :func:`counts` gives. :return: One line a method, Markdown."""
+    from art_saliency.evaluation.table import markdown_table
+    from art_saliency.training.scaling import Job, gpu_hours
+
+    header = ["method", "arithmetic", "passes"]
+    header += [f"{epochs} epochs, {gpus} GPU{'s' * (gpus > 1)}" for epochs in _EPOCHS for gpus in _GPUS]
+    header += ["in steps, 64 GPUs", "cores a GPU"]
+    rows = []
+    for name, (passes, double_backward) in found.items():
+        passes = round(passes, 2)  # so that the table can be had of itself
+        costs = {
+            (epochs, gpus): gpu_hours(passes, double_backward=double_backward, gpus=gpus, job=Job(epochs))
+            for epochs in _EPOCHS
+            for gpus in _GPUS
+        }
+        hours = [f"{cost.gpu_hours:.0f}" for cost in costs.values()]
+        last = costs[_EPOCHS[0], _GPUS[-1]]
+        arithmetic = "TF32" if double_backward else "bf16"
+        rows.append((name, arithmetic, f"{passes:.2f}", *hours, f"{last.computing:.0%}", f"{last.cores:.1f}"))
+    return markdown_table(header, rows, left=2)
