@@ -7,8 +7,11 @@ from contextlib import contextmanager
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
-__all__ = ["batch_statistics_kept", "evaluating", "frozen", "modes_kept", "training"]
+from art_saliency.errors import UnsupportedModelError
+
+__all__ = ["batch_statistics_kept", "evaluating", "frozen", "modes_kept", "refuse_dropout", "training"]
 
 
 @contextmanager
@@ -67,9 +70,10 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 @contextmanager
 def batch_statistics_kept(*modules: nn.Module) -> Iterator[None]:
     """
-    Let BatchNorm normalise by the batch in train mode without moving its running statistics.
+    For the side passes of a step: BatchNorm normalises by the batch without moving its running statistics, and layers that record
+    their pass for an auxiliary loss (those with a flag ``recording``) leave it unrecorded.
 
-    Of a step's several train-mode forwards only the last may move them.
+    Of a step's several train-mode forwards only one, whose logits are reported, may do either.
 
     :param modules: The networks.
     """
@@ -79,10 +83,27 @@ def batch_statistics_kept(*modules: nn.Module) -> Iterator[None]:
         for child in module.modules()
         if isinstance(child, _BatchNorm) and child.training and child.track_running_stats
     ]
+    recording = [
+        child for module in modules for child in module.modules() if getattr(child, "recording", False) is True
+    ]
     try:
         for child in tracking:
             child.track_running_stats = False  # torch then passes no running statistics to the kernel
+        for child in recording:
+            child.recording = False
         yield
     finally:
+        for child in recording:
+            child.recording = True
         for child in tracking:
             child.track_running_stats = True
+
+
+def refuse_dropout(model: nn.Module) -> None:
+    """:raises UnsupportedModelError: When two forward passes draw two masks, in whose difference a finite difference would drown."""
+    for name, module in model.named_modules():
+        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+            raise UnsupportedModelError(
+                f"form: got 'finite-difference' for a network with dropout ({name!r}), expected a network whose forward "
+                f"passes agree: another mask each would drown the difference; say form='double-backward' or set p=0"
+            )

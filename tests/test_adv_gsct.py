@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from art_saliency.errors import InputError
+from art_saliency.errors import InputError, UnsupportedModelError
 from art_saliency.gradients import cosine, input_gradient
 from art_saliency.methods.adv_gsct import (
     AdvGSCT,
     consensus_loss,
     l2_consensus_loss,
     linearity_error,
+    log_odds,
     prediction_divergence,
 )
 from art_saliency.methods.base import Batch
@@ -55,6 +58,78 @@ def test_loss_and_weight_gradient_equal_the_slow_oracle(channels, rho, on):
     slow = torch.autograd.grad(expected, list(model.parameters()))
     for a, b in zip(ours, slow, strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("saliency", ["loss", "logit", "margin"])
+@pytest.mark.parametrize("confidence", [1.0, 30.0])
+def test_differences_have_the_value_and_the_weight_gradient_of_the_double_backward(saliency, confidence):
+    model, data = smooth_network(3), batch(3, count=6)
+    with torch.no_grad():
+        model[-1].weight.mul_(confidence)
+    found = {}
+    for form in ("double-backward", "finite-difference"):
+        data.random = RandomSource(0)
+        objective = AdvGSCT(eps=0.1, warmup_share=0, saliency=saliency, form=form, h=1e-5)
+        result = objective(model, data)
+        gradient = torch.autograd.grad(result.loss, list(model.parameters()))
+        found[form] = result, torch.cat([g.flatten() for g in gradient])
+    (exact, slope), (close, other) = found.values()
+    torch.testing.assert_close(close.loss, exact.loss, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(close.terms["consensus"], exact.terms["consensus"], atol=1e-9, rtol=1e-9)
+    assert float((slope - other).norm() / slope.norm()) < 1e-3
+    without = torch.autograd.grad(AdvGSCT(eps=0.1, **OFF)(model, batch(3, count=6)).loss, list(model.parameters()))
+    assert float((slope - torch.cat([g.flatten() for g in without])).norm() / slope.norm()) > 1e-2  # the term is felt
+
+
+def test_log_odds_are_what_the_cross_entropy_is_made_of():
+    logits, y = 5 * torch.randn(7, 4, dtype=torch.float64), torch.randint(4, (7,))
+    torch.testing.assert_close(
+        nn.functional.softplus(log_odds(logits, y)), nn.functional.cross_entropy(logits, y, reduction="none")
+    )
+    soft = nn.functional.one_hot(y, 4).double()
+    assert torch.equal(log_odds(logits, soft), log_odds(logits, y))
+
+
+def test_differences_make_no_second_derivatives_and_leave_the_statistics_to_the_pseudo_input():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4)).train()
+    twin = copy.deepcopy(model)
+    data = Batch(torch.rand(8, 1, 5, 6), torch.randint(4, (8,)), progress=1.0, random=RandomSource(0))
+    # Through BatchNorm each sample's score weighs in the others' gradients, so that the loss and its log-odds differ a little.
+    AdvGSCT(eps=0.1, saliency="logit", form="finite-difference")(model, data).loss.backward()
+    data.random = RandomSource(0)
+    AdvGSCT(eps=0.1, saliency="logit", form="double-backward")(twin, data).loss.backward()
+    assert int(model[1].num_batches_tracked) == 1
+    torch.testing.assert_close(model[1].running_mean, twin[1].running_mean)
+    model[2] = OnceDifferentiable()
+    AdvGSCT(eps=0.1, form="finite-difference")(model, data).loss.backward()
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        AdvGSCT(eps=0.1)(model, data).loss.backward()
+
+
+class OnceDifferentiable(nn.Module):
+    """A ReLU whose backward pass cannot be differentiated."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.clamp_min(0)
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, gradient):
+            return gradient * (ctx.saved_tensors[0] > 0)
+
+    def forward(self, x):
+        return self.Function.apply(x)
+
+
+def test_dropout_is_refused_where_passes_are_compared():
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(30, 4)).double()
+    with pytest.raises(UnsupportedModelError, match="dropout \\('1'\\)"):
+        AdvGSCT(eps=0.1, form="finite-difference")(model, batch())
+    AdvGSCT(eps=0.1, form="finite-difference")(model.eval(), batch())
 
 
 def test_pseudo_input_keeps_to_the_ball_and_drains_exactly_the_share_rho():
@@ -196,6 +271,9 @@ def test_the_slow_copy_gives_the_target_where_it_is_asked_to():
         ({"saliency": "los"}, "did you mean 'loss'"),
         ({"norm": "L1"}, "'Linf', 'L2'"),
         ({"consensus": float("nan")}, "consensus: got nan"),
+        ({"form": "differences"}, "'double-backward', 'finite-difference'"),
+        ({"form": "finite-difference", "linearity": 1}, "linearity: got 1, expected 0"),
+        ({"h": 0}, "h: got 0"),
         ({"label_on": "clean"}, "'pseudo-input', 'both'"),
     ],
 )

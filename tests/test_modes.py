@@ -183,3 +183,15 @@ def test_nested_and_several_networks():
     assert [
         m.track_running_stats for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
     ] == tracking
+
+
+def test_a_side_pass_is_not_recorded_and_flags_come_back_on_error():
+    class Recorder(nn.Module):
+        recording = True
+
+    model = nn.Sequential(Recorder(), Recorder())
+    model[1].recording = False
+    with pytest.raises(ZeroDivisionError), batch_statistics_kept(model):
+        assert [child.recording for child in model] == [False, False]
+        1 / 0  # noqa: B018
+    assert [child.recording for child in model] == [True, False]

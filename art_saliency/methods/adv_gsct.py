@@ -18,7 +18,7 @@ from art_saliency.attacks import AdaptiveAttack, InnerAttack, Reachable, cross_e
 from art_saliency.gradients import cosine, importance, input_gradient, top_share_mask
 from art_saliency.methods.base import Batch, LossTerms, Objective, warmup
 from art_saliency.methods.baselines import full_precision, kl_divergence
-from art_saliency.modes import batch_statistics_kept, evaluating, frozen
+from art_saliency.modes import batch_statistics_kept, evaluating, frozen, refuse_dropout
 from art_saliency.randomness import RandomSource, uniform
 from art_saliency.threat import ThreatModel
 
@@ -29,9 +29,11 @@ __all__ = [
     "SALIENCIES",
     "AdvGSCT",
     "Ingredients",
+    "consensus_by_differences",
     "consensus_loss",
     "l2_consensus_loss",
     "linearity_error",
+    "log_odds",
     "prediction_divergence",
 ]
 
@@ -42,6 +44,15 @@ __all__ = [
 def negative_logit(logits: Tensor, y: Tensor) -> Tensor:
     """:return: (N,) minus the true class's logit."""
     return -logits.gather(1, (y if y.ndim == 1 else y.argmax(1))[:, None])[:, 0]
+
+
+def log_odds(logits: Tensor, y: Tensor) -> Tensor:
+    """
+    :return: (N,) logsumexp of the wrong classes minus the true logit: its gradient has the loss gradient's direction at every
+        confidence, without its vanishing size (CE = log(1 + exp(log_odds))).
+    """
+    true = (y if y.ndim == 1 else y.argmax(1))[:, None]
+    return logits.scatter(1, true, -torch.inf).logsumexp(1) - logits.gather(1, true)[:, 0]
 
 
 SALIENCIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -172,6 +183,29 @@ def consensus_loss(g: Tensor, g_target: Tensor) -> Tensor:
     return (1 - cosine(g, g_target.detach())).mean()
 
 
+def consensus_by_differences(
+    g: Tensor, g_target: Tensor, x0: Tensor, score0: Tensor, score: Callable[[Tensor], Tensor], *, h: float = 0.01
+) -> Tensor:
+    """
+    :func:`consensus_loss` whose derivative with respect to the weights is a difference of scores: no double backward.
+
+    d(1 - cos_i) = u_i . dg_i with u_i fixed, and u_i . g_i is the slope of the score along u_i (after Finlay and Oberman 2019).
+
+    :param g: (N, C, H, W), the gradient of the score at `x0`. :param g_target: (N, C, H, W). Both are detached here.
+    :param x0: (N, C, H, W). :param score0: (N,), the score at `x0`, in the graph of the weights.
+    :param score: x -> (N,), in that graph too; called once, `h` away from `x0`.
+    :param h: Length of the move of each image, in pixel units (L2).
+    :return: Scalar, 0 to 2: the value is exact, the derivative right to first order in `h`.
+    """
+    leaf = g.detach().requires_grad_(True)
+    value = consensus_loss(leaf, g_target)
+    u = input_gradient(value, leaf).to(x0.dtype)
+    length = u.flatten(1).norm(dim=1)
+    direction = u / length.clamp_min(torch.finfo(u.dtype).tiny).view(-1, 1, 1, 1)
+    change = (length * (score(x0 + h * direction) - score0) / h).sum()
+    return value.detach() + change - change.detach()
+
+
 def l2_consensus_loss(g: Tensor, g_target: Tensor) -> Tensor:
     """
     Squared distance of the saliencies with *both* branches live (as CURE): against a detached, larger target it diverges.
@@ -217,6 +251,9 @@ class AdvGSCT(Objective):
     :param baseline: What a drained pixel moves to: ``"auto"``, ``"zero"``, ``"channel-mean"``.
     :param label_on: Which images the classification loss sees: ``"pseudo-input"``, or ``"both"`` for the mean with clean ones.
     :param target_network: Whose saliency is the label: ``"current"``, or ``"ema"``, the slow copy that the loop keeps.
+    :param form: ``"double-backward"``, or ``"finite-difference"``: one more forward pass instead of second derivatives, see
+        :func:`consensus_by_differences`; it knows the consensus alone, not `l2_consensus` and `linearity`, and refuses dropout.
+    :param h: Length of the finite difference, in pixel units (L2).
     """
 
     name = "adv-gsct"
@@ -242,6 +279,8 @@ class AdvGSCT(Objective):
         baseline: str | Callable[[Tensor], Tensor] = "auto",
         label_on: str = "pseudo-input",
         target_network: str = "current",
+        form: str = "double-backward",
+        h: float = 0.01,
     ) -> None:
         super().__init__()
         self.threat = ThreatModel(norm, eps)
@@ -261,6 +300,14 @@ class AdvGSCT(Objective):
         self.label_on = _checks.one_of("label_on", label_on, ("pseudo-input", "both"))
         self.target_network = _checks.one_of("target_network", target_network, ("current", "ema"))
         self.needs_target_model = target_network == "ema"
+        self.form = _checks.one_of("form", form, ("double-backward", "finite-difference"))
+        self.h = _checks.real("h", h, above=0)
+        if form == "finite-difference":
+            for name in ("l2_consensus", "linearity"):
+                if getattr(self, name):
+                    raise _checks.refuse(name, f"{getattr(self, name):g}", "0", "it needs form='double-backward'")
+            if saliency == "loss":
+                self._score = log_odds  # the same direction, and no difference of two losses that are nearly 0
 
     def pseudo_inputs(
         self, x: Tensor, x0: Tensor, g: Tensor, random: RandomSource | None = None, *, radius: float = 1.0
@@ -281,6 +328,9 @@ class AdvGSCT(Objective):
     def forward(self, model: nn.Module, batch: Batch) -> LossTerms:
         """See :class:`Objective`. Terms: ce, consensus, l2_consensus, prediction_consensus, linearity."""
         x, y, weight = batch.x, batch.y, warmup(batch.progress, self.warmup_share)
+        differences = self.form == "finite-difference"
+        if differences:
+            refuse_dropout(model)
         need_g = self.consensus > 0 or self.l2_consensus > 0 or self.linearity > 0
         radius = self.radius(batch.progress)
         x0 = self._start(x, self.threat.scaled(radius), batch.random).detach().requires_grad_(True)
@@ -289,11 +339,12 @@ class AdvGSCT(Objective):
             logits0 = model(x0)
         score0 = self._score(logits0, y)
         # "Intermediate gradient-based saliency": of the model as it stands in mid-training; the graph is kept for the consensus.
-        g = input_gradient(score0.sum(), x0, create_graph=need_g, retain_graph=self.prediction_consensus > 0)
+        kept = (differences and need_g) or self.prediction_consensus > 0
+        g = input_gradient(score0.sum(), x0, create_graph=need_g and not differences, retain_graph=kept)
 
         x_pseudo, mask = self.pseudo_inputs(x, x0.detach(), g, batch.random, radius=radius)
         x_pseudo.requires_grad_(True)
-        logits = model(x_pseudo)  # the last train-mode forward of the step: it alone moves BatchNorm's statistics
+        logits = model(x_pseudo)  # the one train-mode forward of the step that moves BatchNorm's statistics
         score = self._score(logits, y)
         ce = cross_entropy(full_precision(logits), y).mean()
         if clean_loss is not None:
@@ -303,7 +354,12 @@ class AdvGSCT(Objective):
         if self.consensus or self.l2_consensus:
             # "To ensure the discrimination of the estimated target saliency": it keeps the essential pixels only.
             target = mask * self._target_saliency(model, batch, score, x_pseudo)
-            if self.consensus:
+            if self.consensus and differences:
+                with batch_statistics_kept(model):
+                    parts["consensus"] = consensus_by_differences(
+                        g, target, x0.detach(), score0, lambda moved: self._score(model(moved), y), h=self.h
+                    )
+            elif self.consensus:
                 parts["consensus"] = consensus_loss(g, target)
             if self.l2_consensus:
                 parts["l2_consensus"] = l2_consensus_loss(g, target)

@@ -17,15 +17,13 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from art_saliency import _checks
 from art_saliency.attacks import AdaptiveAttack, InnerAttack, Reachable, cross_entropy
-from art_saliency.errors import UnsupportedModelError
 from art_saliency.gradients import input_gradient, jacobian_projection, sphere_directions
 from art_saliency.methods.base import Batch, LossTerms, Objective, warmup
 from art_saliency.methods.baselines import full_precision
-from art_saliency.modes import batch_statistics_kept
+from art_saliency.modes import batch_statistics_kept, refuse_dropout
 from art_saliency.perturbation_saliency import (
     SCORES,
     load_or_compute,
@@ -358,14 +356,15 @@ class JSIGR(Objective):
         """
         The same terms from differences along the detached steepest directions (Finlay and Oberman 2019): no double backward.
 
-        The forward pass that finds the directions and the shifted ones leave BatchNorm's statistics alone; the clean one comes
-        last, so that what hangs on the last forward pass (statistics, auxiliary losses) belongs to the logits that are returned.
+        The shifted passes are side passes: what hangs on a forward pass (BatchNorm's statistics, auxiliary losses) hangs on the
+        clean one, whose logits are returned.
         """
-        _refuse_dropout(model)
+        refuse_dropout(model)
         x, g = batch.x.detach().requires_grad_(True), None
         differences: list[tuple[str, Tensor | float, Callable[[Tensor], Tensor], Tensor]] = []
+        logits = model(x)
+        z = full_precision(logits)
         with batch_statistics_kept(model):
-            z = full_precision(model(x))
             if self.lambda_j:
                 for w, weight in self._directions(z, batch):
                     rows = jacobian_projection(z, x, w, retain_graph=True)
@@ -373,11 +372,9 @@ class JSIGR(Objective):
                     differences.append(("jacobian", weight, partial(_along, w), moved))
             if salient is not None:
                 on = SELECTIVE_SCORES[self.selective_on]
-                g = input_gradient(on(z, batch.y).sum(), x)
+                g = input_gradient(on(z, batch.y).sum(), x, retain_graph=True)
                 moved = self._shifted_logits(model, batch.x, (1 - salient) * g)
                 differences.append(("selective", 1.0, lambda logits: on(logits, batch.y), moved))
-        logits = model(batch.x)
-        z = full_precision(logits)
         parts: dict[str, Tensor] = {}
         for name, weight, score, moved in differences:
             # A slope along the steepest direction is the (dual) length of the gradient: its size is that of a 1-pixel gradient.
@@ -419,12 +416,3 @@ def _mean_length(rows: Tensor) -> Tensor:
 
 def _positive(name: str, value: float | None) -> float | None:
     return None if value is None else _checks.real(name, value, above=0)
-
-
-def _refuse_dropout(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
-            raise UnsupportedModelError(
-                f"form: got 'finite-difference' for a network with dropout ({name!r}), expected a network whose forward "
-                f"passes agree: another mask each would drown the difference; say form='double-backward' or set p=0"
-            )

@@ -46,6 +46,7 @@ CLAIMS = {
             "adv-gsct:consensus=0",
             "adv-gsct:prediction_consensus=0",
             "adv-gsct:rho=0",
+            "adv-gsct:form=finite-difference",
         ),
         (
             ("adv-gsct", "fgsm-rs"),
@@ -53,6 +54,7 @@ CLAIMS = {
             ("adv-gsct", "adv-gsct:consensus=0"),
             ("adv-gsct", "adv-gsct:prediction_consensus=0"),
             ("adv-gsct", "adv-gsct:rho=0"),
+            ("adv-gsct:form=finite-difference", "adv-gsct"),
         ),
     ),
     "j-sigr": Claim(
