@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -83,18 +84,18 @@ def batch_statistics_kept(*modules: nn.Module) -> Iterator[None]:
         for child in module.modules()
         if isinstance(child, _BatchNorm) and child.training and child.track_running_stats
     ]
-    recording = [
-        child for module in modules for child in module.modules() if getattr(child, "recording", False) is True
+    recording: list[Any] = [
+        layer for module in modules for layer in module.modules() if getattr(layer, "recording", False) is True
     ]
     try:
         for child in tracking:
             child.track_running_stats = False  # torch then passes no running statistics to the kernel
-        for child in recording:
-            child.recording = False
+        for layer in recording:
+            layer.recording = False
         yield
     finally:
-        for child in recording:
-            child.recording = True
+        for layer in recording:
+            layer.recording = True
         for child in tracking:
             child.track_running_stats = True
 

@@ -203,7 +203,8 @@ def consensus_by_differences(
     length = u.flatten(1).norm(dim=1)
     direction = u / length.clamp_min(torch.finfo(u.dtype).tiny).view(-1, 1, 1, 1)
     change = (length * (score(x0 + h * direction) - score0) / h).sum()
-    return value.detach() + change - change.detach()
+    loss: Tensor = value.detach() + change - change.detach()
+    return loss
 
 
 def l2_consensus_loss(g: Tensor, g_target: Tensor) -> Tensor:
