@@ -74,7 +74,7 @@ def run_one(grid_name: str, name: str, seed: int, data: DataSet, out: Path, *, q
         "method": trained.trainer.config(),
         "data_sha256": data.fingerprint(),
         "versions": {**versions(), "art-saliency": __version__},
-        "commit": _commit(),
+        "commit": _COMMIT,
         "hardware": {"processor": _processor(), "threads": torch.get_num_threads(), "device": str(budget.device)},
         "history": {key: trained.trainer.history.column(key) for key in trained.trainer.history[-1]},
         "cost": cost_of(trained.trainer, budget),
@@ -194,6 +194,9 @@ def _commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", "../../art_saliency") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+_COMMIT = _commit()  # of the code as it was loaded
 
 
 def _processor() -> str:
