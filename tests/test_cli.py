@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -250,3 +251,34 @@ def test_quickstart_leaves_table_checkpoints_and_figures(tmp_path, monkeypatch, 
     assert 1 < results["adv-gsct"]["passes_per_step"] < results["pgd-at"]["passes_per_step"]
     assert "Next: " in out
     assert main(["quickstart", "--out", str(tmp_path / "q")]) == 2
+
+
+def test_an_arm_is_a_method_its_parameters_the_runs_options_and_an_activation():
+    from art_saliency.cli._arms import parse_arm
+
+    arm = parse_arm("fsr+trades:hidden=8:beta=3:ema=0.99:awp=0.005@silu")
+    assert (arm.trainer, arm.method, arm.network) == ("fsr", "fsr+trades", {"activation": "silu"})
+    assert arm.parameters == {"base": "trades", "hidden": 8, "beta": 3}
+    assert arm.options == {"ema": 0.99, "awp": 0.005}
+    assert parse_arm("pgd-at:label_smoothing=0.1").parameters == {"label_smoothing": 0.1}, (
+        "the method's own comes first"
+    )
+    assert parse_arm("mart:label_smoothing=0.1").options == {"label_smoothing": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "said"),
+    [
+        ("pgd-at:ema=2", ("ema",), "ema: got 2"),
+        ("pgd-at:ema=0.9", (), "'ema'"),
+        ("pgd-at:emma=0.9", ("ema",), "'emma'"),
+        ("fsr+pgd", ("ema",), "base: got 'pgd'"),
+        ("pgd-at@silo", ("ema",), "'silo'"),
+    ],
+)
+def test_a_wrong_arm_is_refused_before_anything_is_trained(text, options, said):
+    from art_saliency.cli._arms import parse_arm
+    from art_saliency.errors import InputError
+
+    with pytest.raises(InputError, match=re.escape(said)):
+        parse_arm(text, options=options)

@@ -78,8 +78,8 @@ class Trained:
     network: dict[str, Any]
 
 
-def parse_arm(text: str) -> Arm:
-    """:return: The arm of that name."""
+def parse_arm(text: str, *, options: tuple[str, ...] = _OPTIONS) -> Arm:
+    """:param options: Which options of the run may be named; all others are refused. :return: The arm of that name."""
     from art_saliency import _checks
     from art_saliency.architectures import ACTIVATIONS
     from art_saliency.cli._common import read_settings
@@ -95,11 +95,11 @@ def parse_arm(text: str) -> Arm:
     trainer = _checks.one_of("arm", layer, ["fsr"]) if plus else _checks.one_of("arm", method, TRAINERS)
     fixed = {"base": _checks.one_of("base", base, OBJECTIVES)} if plus else {}
     own = {*TRAINERS[trainer].parameter_names(), *(OBJECTIVES[base].parameter_names() if plus else ())}
-    options = {name: value for name, value in settings.items() if name in _OPTIONS and name not in own}
-    parameters = {**fixed, **{name: value for name, value in settings.items() if name not in options}}
+    chosen = {name: value for name, value in settings.items() if name in options and name not in own}
+    parameters = {**fixed, **{name: value for name, value in settings.items() if name not in chosen}}
     TRAINERS[trainer].check_parameters({"eps": 0.1, **parameters})
-    RunOptions.checked("--arms", dict(options))
-    return Arm(text, method, trainer, parameters, network, options)
+    RunOptions.checked("--arms", dict(chosen))
+    return Arm(text, method, trainer, parameters, network, chosen)
 
 
 def train_arm(arm: Arm, budget: Budget, *, prepare: Callable[[nn.Module, Tensor], object] | None = None) -> Trained:

@@ -32,7 +32,7 @@ def counts(methods: str, *, network: str, side: int, eps: float, max_iter: int) 
     torch.manual_seed(0)
     plain = build_network(network, num_classes=1000, input_shape=shape)
     found = {}
-    for arm in (parse_arm(word.strip()) for word in methods.split(",")):
+    for arm in (parse_arm(word.strip(), options=()) for word in methods.split(",")):
         model = copy.deepcopy(plain)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         classifier = make_classifier(model, input_shape=shape, num_classes=1000, optimizer=optimizer)

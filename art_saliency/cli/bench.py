@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         found = counts(methods, network="torchvision:resnet50", side=64, eps=4 / 255, max_iter=args.max_iter)
         print(table(found))
         return 0
-    arms = [parse_arm(arm.strip()) for arm in args.methods.split(",")]
+    arms = [parse_arm(arm.strip(), options=()) for arm in args.methods.split(",")]
     setting = Setting(
         network={
             "name": args.network,

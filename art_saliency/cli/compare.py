@@ -28,7 +28,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--arms",
         default=_ARMS,
-        help="methods, comma-separated; fsr+BASE puts FSR on BASE, METHOD:NAME=VALUE sets a parameter, METHOD@silu gives the "
+        help="methods, comma-separated; fsr+BASE puts FSR on BASE, METHOD:NAME=VALUE sets a parameter or ema, swa_from, awp, "
+        "label_smoothing, grad_clip, precision; METHOD@silu gives the "
         "network another activation, which J-SIGR needs (default: %(default)s)",
     )
     parser.add_argument("--data", default="digits", help="as for train (default: %(default)s)")
