@@ -278,7 +278,7 @@ def test_an_arm_is_a_method_its_parameters_the_runs_options_and_an_activation():
 )
 def test_a_wrong_arm_is_refused_before_anything_is_trained(text, options, said):
     from art_saliency.cli._arms import parse_arm
-    from art_saliency.errors import InputError
+    from art_saliency.errors import InputError, UnknownOptionError
 
-    with pytest.raises(InputError, match=re.escape(said)):
+    with pytest.raises((InputError, UnknownOptionError), match=re.escape(said)):
         parse_arm(text, options=options)
