@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,3 +60,19 @@ def plainly_trained(
             nn.functional.cross_entropy(model(change(x[rows])), y[rows]).backward()
             optimizer.step()
     return model, data
+
+
+def in_fresh_process(module: str, call: str) -> Any:
+    """
+    What a function of a test module gives in a process of its own: for measurements of memory, as this one's holds, and gives out
+    again, whatever other tests have left.
+
+    :param module: Of tests: ``"test_ranks"``. :param call: An expression over its names, of a JSON-able value.
+    """
+    code = f"import json; from tests import {module} as m; print(json.dumps(eval({call!r}, vars(m))))"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])

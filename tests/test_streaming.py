@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from art_saliency.streaming import StreamedSet, open_data, split_augmentation
 from art_saliency.trainers.methods import StandardTrainer
 from art_saliency.trainers.runs import make_classifier
 from art_saliency.training.extensions import Extension
+from tests.helpers import in_fresh_process
 
 
 def pictures(folder: Path, *, train: int = 20, test: int = 6, side: int = 12) -> Path:
@@ -247,47 +247,32 @@ def test_the_command_streams_trains_and_evaluates(folder, tmp_path, capsys):
     assert "with other content than in training" in capsys.readouterr().err
 
 
-def in_child(work: Callable[[], float]) -> float:
-    """What `work` gives in a forked process: this one's memory holds whatever other tests have left."""
-    reading, writing = os.pipe()
-    if (child := os.fork()) == 0:
-        try:
-            torch.set_num_threads(1)
-            os.write(writing, str(work()).encode())
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as answer:
-        said = answer.read()
-    os.waitpid(child, 0)
-    return float(said)
-
-
 def anonymous() -> float:
     """This process's anonymous memory, in MB."""
     return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1e3
 
 
+def peak(folder: str, count: int, streamed: bool) -> float:
+    """Of anonymous memory in training, beyond the start: four times the pictures would take 29 MB more if they were kept."""
+    path = pictures(Path(folder) / f"{count}-{streamed}", train=count, test=3, side=8)
+    start = anonymous()
+    most = [start]
+    watch = Watch(lambda: most.append(anonymous()))
+    common = {"nb_epochs": 1, "seed": 0, "verbose": False, "extensions": [watch]}
+    if streamed:
+        loader = StreamedSet(path, size=128).training_loader(batch_size=8, seed=0)
+        trainer_of(128).fit_generator(loader, **common)
+    else:
+        data = load_data(path, size=128)
+        trainer_of(128).fit(data.x_train, data.y_train, batch_size=8, **common)
+    return max(most) - start
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path):
-    def peak(count: int, streamed: bool) -> float:
-        """Beyond the start: four times the pictures would take 29 MB more if they were kept."""
-        path = pictures(tmp_path / str(count), train=count, test=3, side=8) if streamed else tmp_path / str(count)
-        start = anonymous()
-        most = [start]
-        watch = Watch(lambda: most.append(anonymous()))
-        common = {"nb_epochs": 1, "seed": 0, "verbose": False, "extensions": [watch]}
-        if streamed:
-            loader = StreamedSet(path, size=128).training_loader(batch_size=8, seed=0)
-            trainer_of(128).fit_generator(loader, **common)
-        else:
-            data = load_data(path, size=128)
-            trainer_of(128).fit(data.x_train, data.y_train, batch_size=8, **common)
-        return max(most) - start
-
-    few, many = (in_child(lambda count=count: peak(count, streamed=True)) for count in (200, 800))
+    few, many, kept = (
+        in_fresh_process("test_streaming", f"peak({str(tmp_path)!r}, {count}, {streamed})")
+        for count, streamed in ((200, True), (800, True), (800, False))
+    )
     assert many - few < 8
-    kept = [in_child(lambda count=count: peak(count, streamed=False)) for count in (200, 800)]
-    assert kept[1] - kept[0] > 20
+    assert kept - many > 20

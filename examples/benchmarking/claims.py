@@ -46,7 +46,7 @@ CLAIMS = {
             "adv-gsct:consensus=0",
             "adv-gsct:prediction_consensus=0",
             "adv-gsct:rho=0",
-            "adv-gsct:form=finite-difference",
+            "adv-gsct:form=finite-difference:consensus=0.1",
         ),
         (
             ("adv-gsct", "fgsm-rs"),
@@ -54,7 +54,7 @@ CLAIMS = {
             ("adv-gsct", "adv-gsct:consensus=0"),
             ("adv-gsct", "adv-gsct:prediction_consensus=0"),
             ("adv-gsct", "adv-gsct:rho=0"),
-            ("adv-gsct:form=finite-difference", "adv-gsct"),
+            ("adv-gsct:form=finite-difference:consensus=0.1", "adv-gsct"),
         ),
     ),
     "j-sigr": Claim(

@@ -131,7 +131,7 @@ _CONTROL_ARMS = (
     "adv-gsct:consensus=0",
     "adv-gsct:prediction_consensus=0",
     "adv-gsct:rho=0",
-    "adv-gsct:form=finite-difference",
+    "adv-gsct:form=finite-difference:consensus=0.1",
     "j-sigr",
     "j-sigr:lambda_s=0@silu",
     "pgd-at@silu",
