@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarking.claims import CLAIMS
+from benchmarking.claims import CLAIMS, HEADLINE
 from benchmarking.grids import GRIDS
 
 __all__ = ["content", "draw_all", "figure_names", "recorded"]
@@ -25,6 +25,10 @@ _FAMILIES = (
     ("j-sigr", "tab:purple"),
     ("aalp", "tab:orange"),
 )
+
+
+_LEAST = 3
+_ALSO_NAMED = ("adapter+pgd-at", "j-sigr", "fsr+adv-gsct", "pgd-at:ema=0.99:awp=0.005")
 
 
 def figure_names() -> tuple[str, ...]:
@@ -43,7 +47,11 @@ def _point(those: list[dict[str, Any]], *keys: str) -> list[float]:
 
 
 def content(runs: Runs, name: str) -> Any:
-    """:return: All that a figure shows, JSON-able: what its hash is of."""
+    """:return: All that a figure shows, JSON-able: what its hash is of. A grid with hardly an arm is left out."""
+    wanted = set(CLAIMS[name].arms) if name in CLAIMS else None
+    runs = {
+        g: found for g, found in runs.items() if len(set(found) if wanted is None else wanted & set(found)) >= _LEAST
+    }
     if name == "cost":
         return _points(runs, ("cost", "passes_per_step"))
     if name == "consensus":
@@ -88,48 +96,65 @@ def _panels(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
 
 
 def _scatter(runs: Runs, name: str, label: str) -> Any:
-    """Robust accuracy against a figure: one point an arm, whiskers of one standard deviation over seeds; the controls unnamed."""
+    """Robust accuracy against a figure: a point an arm, whiskers of one standard deviation over seeds; controls are small and unnamed."""
     shown = content(runs, name)
-    figure, axes = _panels(len(shown), 7.2, 4.4)
+    figure, axes = _panels(len(shown), 7.4, 4.2)
     for axis, (grid, arms) in zip(axes, shown.items(), strict=True):
+        named = {}
         for arm, (across, up) in arms.items():
             x, y = statistics.fmean(across), 100 * statistics.fmean(up)
-            axis.errorbar(
-                x,
-                y,
-                yerr=100 * statistics.stdev(up) if len(up) > 1 else None,
-                fmt="o",
-                ms=4,
-                capsize=2,
-                lw=0.8,
-                color=_colour(arm),
-            )
-            axis.annotate(arm, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=5.5, color=_colour(arm))
+            if arm in HEADLINE or arm in _ALSO_NAMED:
+                named[arm] = x, y
+            spread = 100 * statistics.stdev(up) if len(up) > 1 else None
+            size, alpha = (5, 1) if arm in named else (2.5, 0.5)
+            axis.errorbar(x, y, yerr=spread, fmt="o", ms=size, capsize=2, lw=0.8, color=_colour(arm), alpha=alpha)
+        _labelled(axis, named)
         axis.set(xlabel=label, ylabel="AutoAttack accuracy, %")
         axis.set_title(GRIDS[grid].title, fontsize=9)
-        axis.margins(x=0.12)
         axis.grid(alpha=0.25, lw=0.5)
     return figure
 
 
+def _labelled(axis: Any, named: dict[str, tuple[float, float]]) -> None:
+    """Names in a column beside the axes, in the points' order, so that none lies on another."""
+    ordered = sorted(named, key=lambda arm: named[arm][1])
+    for place, arm in enumerate(ordered):
+        axis.annotate(
+            arm,
+            named[arm],
+            xytext=(1.03, (place + 0.5) / len(ordered)),
+            textcoords="axes fraction",
+            fontsize=7,
+            va="center",
+            color=_colour(arm),
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": _colour(arm), "alpha": 0.6},
+        )
+
+
 def _bars(runs: Runs, name: str) -> Any:
     shown = content(runs, name)
-    figure, axes = _panels(len(shown), 7.2, 0.9 + 0.34 * len(CLAIMS[name].arms))
+    figure, axes = _panels(len(shown), 7.4, 0.9 + 0.34 * len(CLAIMS[name].arms))
     for axis, (grid, arms) in zip(axes, shown.items(), strict=True):
         for row, (arm, figures) in enumerate(arms.items()):
             robust = [100 * v for v in figures["autoattack"]]
             mean = statistics.fmean(robust)
             axis.barh(row, mean, color=_colour(arm), alpha=0.75, height=0.62)
-            axis.plot(robust, [row] * len(robust), "k|", ms=7, mew=0.8)
-            axis.plot(100 * statistics.fmean(figures["transfer"]), row, "kD", ms=4, mfc="w")
-            axis.plot(100 * statistics.fmean(figures["clean"]), row, "ko", ms=4, mfc="w")
+            axis.plot(
+                robust, [row] * len(robust), "k|", ms=7, mew=0.8, label="AutoAttack, each seed" if not row else None
+            )
+            for key, mark, words in (("transfer", "kD", "transferred attacks"), ("clean", "ko", "clean")):
+                axis.plot(
+                    100 * statistics.fmean(figures[key]), row, mark, ms=4, mfc="w", label=words if not row else None
+                )
             axis.text(1, row, f"{mean:.1f}", va="center", fontsize=7)
         axis.set_yticks(range(len(arms)), list(arms), fontsize=7)
         axis.invert_yaxis()
-        axis.set(
-            xlabel="accuracy, %: bar AutoAttack (| each seed), diamond transferred attacks, circle clean", xlim=(0, 101)
-        )
+        axis.set(xlim=(0, 101))
         axis.set_title(GRIDS[grid].title, fontsize=8)
+    axes[-1].set_xlabel("accuracy, %; bar: AutoAttack, mean over seeds", fontsize=8)
+    handles, words = axes[0].get_legend_handles_labels()
+    figure.legend(handles, words, loc="outside lower center", ncols=3, fontsize=7)
     figure.suptitle(CLAIMS[name].title, fontsize=9)
     return figure
 
@@ -150,7 +175,7 @@ def _maps(runs: Runs) -> Any:
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(f"{grid}\n{arm}", fontsize=5, rotation=0, ha="right", va="center")
     figure.suptitle(
-        "Loss-gradient saliency of the first eight test images, seed by seed the lowest that stands", fontsize=8
+        "Loss-gradient saliency of the first eight test images, each of the lowest seed that stands", fontsize=8
     )
     return figure
 

@@ -24,9 +24,10 @@ _PLACE = re.compile(f"{_BEGIN}(.*?){_END}", re.DOTALL)
 _CARDS = ("adv-gsct", "j-sigr", "aalp", "fsr")
 _HEADER = ("arm", "seeds", "clean %", "PGD-20 %", "AutoAttack %", "transfer %", "consensus", "passes / step", "audit")
 _NOTE = (
-    "Mean and standard deviation over seeds; AutoAttack `standard` and transferred attacks (the worst of five from a standard and a "
-    "PGD-AT network and from both) on the first {images} test images; consensus is the mean cosine of loss-gradient saliency, clean "
-    "and under PGD-20, on 100 images; a pass is a forward-backward pass of standard training, counted; the audit is seed 0's, on {audited}."
+    "Mean and standard deviation over seeds. AutoAttack is version `standard`; *transfer* is the worst of five transferred attacks from a "
+    "standard and a PGD-AT network and from both; *consensus* the mean cosine of loss-gradient saliency, clean and under PGD-20, on 100 "
+    "images; a *pass* a forward-backward pass of standard training, counted; the *audit* is seed 0's. `@silu` names an activation, "
+    "`:NAME=VALUE` what differs from a method's defaults; adapter is f + R(f), of as many parameters as the FSR layer."
 )
 
 
@@ -96,15 +97,18 @@ def _differences(runs: Runs, grid: str, pairs: Iterable[tuple[str, str]]) -> str
 
 
 def _section(runs: Runs, grid: str, arms: Sequence[str], pairs: Iterable[tuple[str, str]]) -> list[str]:
+    if not set(arms) & set(runs[grid]):
+        return []
     settings, count = GRIDS[grid], sum(map(len, runs[grid].values()))
     shared = f"{settings.epochs} epochs of Adam (one cycle, peak {settings.lr:g}, batches of {settings.batch_size})"
     command = f"python examples/benchmark.py run {grid}{'' if settings.data else ' --data FILE'}"
-    note = _NOTE.format(images=settings.images, audited=settings.audited)
     lines = [
-        f"**{settings.title}**, {shared}, `{command}` ({count} of {settings.seeds * len(settings.arms)} runs stand).",
+        f"**{settings.title}**, {shared}, AutoAttack and transfer on {settings.images} test images, audit on {settings.audited}; "
+        f"`{command}` ({count} of {settings.seeds * len(settings.arms)} runs stand):",
+        "",
+        _table(runs, grid, arms),
         "",
     ]
-    lines += [_table(runs, grid, arms), "", note, ""]
     if table := _differences(runs, grid, pairs):
         lines += [
             "Seed by seed; a difference *stands* where its mean exceeds two standard deviations over at least three seeds:",
@@ -119,7 +123,7 @@ def _readme(runs: Runs) -> str:
     lines: list[str] = []
     for grid in runs:
         lines += _section(runs, grid, HEADLINE, ())
-    lines += ["![Robustness against cost](examples/results/figures/cost.png)", ""]
+    lines += [_NOTE, "", "![Robustness against cost](examples/results/figures/cost.png)", ""]
     lines += [
         "All arms, controls, combinations, differences and figures: [examples/results/RESULTS.md](examples/results/RESULTS.md)."
     ]
@@ -131,7 +135,7 @@ def _card(runs: Runs, name: str) -> str:
     for grid in runs:
         lines += _section(runs, grid, CLAIMS[name].arms, CLAIMS[name].differences)
     return "\n".join(
-        [*lines, f"Figure: `examples/results/figures/{name}.png`. Every number's run: `examples/results/`."]
+        [*lines, _NOTE, "", f"Figure: `examples/results/figures/{name}.png`. Every number's run: `examples/results/`."]
     )
 
 
@@ -148,7 +152,7 @@ def _results(runs: Runs) -> str:
             "",
             *_section(runs, grid, GRIDS[grid].arms, [p for claim in CLAIMS.values() for p in claim.differences]),
         ]
-    lines += ["## Figures", ""]
+    lines += [_NOTE, "", "## Figures", ""]
     for name, words in [("cost", "Robustness against cost"), *((name, claim.title) for name, claim in CLAIMS.items())]:
         lines += [f"![{words}](figures/{name}.png)", ""]
     lines += ["## Interpretability", "", *_interpretability(runs)]
