@@ -26,9 +26,9 @@ def on_ranks(words: Sequence[str], count: int, program: Sequence[str] = (sys.exe
     """
     Run ``art-saliency WORDS`` in several processes, as ``torchrun --nproc-per-node`` does, until all have ended.
 
-    :param words: The command's words. :param count: How many processes. :param program: What takes the words.
     SIGINT, SIGTERM and SIGHUP are for the first process, which lets the others know and keeps the run; a second one ends them all.
 
+    :param words: The command's words. :param count: How many processes. :param program: What takes the words.
     :return: 0, or the first process's own exit code for an error that it has explained.
     :raises ArtSaliencyError: When a process died; it is named, and the others are ended.
     """
