@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from art_saliency.errors import UnsupportedModelError
 
-__all__ = ["batch_statistics_kept", "evaluating", "frozen", "modes_kept", "refuse_dropout", "training"]
+__all__ = ["batch_statistics_kept", "channels_last", "evaluating", "frozen", "modes_kept", "refuse_dropout", "training"]
 
 
 @contextmanager
@@ -66,6 +67,25 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def channels_last(model: nn.Module) -> Iterator[None]:
+    """
+    Lay the weights of convolutions out as channels last for the duration; what goes through them then follows.
+
+    Values stay the same, results differ in rounding. Weights that lay so before stay so.
+
+    :param model: The network.
+    """
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.ndim == 4 and t.is_contiguous()]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+        yield
+    finally:
+        for tensor in tensors:
+            tensor.data = tensor.data.contiguous()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from art_saliency.modes import batch_statistics_kept, evaluating, frozen, modes_kept, training
+from art_saliency.modes import batch_statistics_kept, channels_last, evaluating, frozen, modes_kept, training
 
 
 class StopHereError(Exception):
@@ -202,3 +202,31 @@ def test_a_side_pass_is_not_recorded_and_flags_come_back_on_error():
         fail()
     assert during == [False, False]
     assert [child.recording for child in model] == [True, False]
+
+
+def test_channels_last_is_a_layout_for_the_duration_and_changes_no_value():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 2)
+    ).double()
+    model[2].to(memory_format=torch.channels_last)  # by its owner
+    before, parameters, x = copy.deepcopy(model.state_dict()), list(model.parameters()), torch.rand(2, 3, 8, 8).double()
+    plain = model(x)
+    inside = []
+
+    def fail():
+        with channels_last(model):
+            inside.append(model[0].weight.is_contiguous(memory_format=torch.channels_last))
+            inside.append(model[0](x).is_contiguous(memory_format=torch.channels_last))
+            torch.testing.assert_close(model(x), plain)
+            raise StopHereError
+
+    with pytest.raises(StopHereError):
+        fail()
+    assert inside == [True, True]
+    assert [a is b for a, b in zip(model.parameters(), parameters, strict=True)] == [True] * len(parameters)
+    assert model[0].weight.is_contiguous()
+    assert model[2].weight.is_contiguous(memory_format=torch.channels_last)
+    for name, value in model.state_dict().items():
+        if "running" not in name and "tracked" not in name:
+            assert torch.equal(value, before[name])

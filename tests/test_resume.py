@@ -135,6 +135,7 @@ def test_a_run_that_breaks_after_any_step_ends_like_one_that_did_not(digits, who
         {"method": "fsr", "checkpoint_every": "2 steps"},
         {"method": "adv-gsct", "ema": 0.9, "selection": "best"},
         {"method": "trades", "swa_from": 0.3, "awp": 0.01},
+        {"method": "pgd-at", "ema": 0.9, "channels_last": True},
         {"method": "standard", "label_smoothing": 0.1, "patience": 1, "settings": {}},
     ],
     ids=lambda options: "-".join(map(str, options.values())),

@@ -228,6 +228,19 @@ def test_bfloat16_trains_first_order_methods_and_is_refused_for_the_others(metho
     assert trainer.history.meta["precision"] == "bf16-mixed"
 
 
+def test_channels_last_ends_where_the_plain_layout_does_and_leaves_none_of_it(digits):
+    x, y, *_ = digits
+    ends = []
+    for flag in (False, True):
+        art_classifier = classifier(small_network(norm=True))
+        trainer = ROWS["pgd-at"].trainer(art_classifier, **ROWS["pgd-at"].settings)
+        trainer.fit(x[:96], y[:96], **QUICK, channels_last=flag)
+        ends.append(art_classifier.model.state_dict())
+        assert all(value.is_contiguous() for value in art_classifier.model.state_dict().values())
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, atol=2e-3, rtol=2e-2)
+
+
 def test_validation_never_touches_the_weights_and_is_measured_when_asked(digits):
     x, y, x_test, y_test = digits
     plain, validated = classifier(), classifier()
@@ -323,6 +336,7 @@ BAD_FITS = {
     "clip": (lambda c, x, y: StandardTrainer(c).fit(x, y, grad_clip=0), "0 < grad_clip"),
     "validation": (lambda c, x, y: StandardTrainer(c).fit(x, y, validation_data=x), r"a pair \(x, y\)"),
     "split": (lambda c, x, y: StandardTrainer(c).fit(x, y, validation_split=1), "validation_split: got 1"),
+    "layout": (lambda c, x, y: StandardTrainer(c).fit(x, y, channels_last=1), "channels_last: got 1"),
     "precision": (lambda c, x, y: StandardTrainer(c).fit(x, y, precision="fp16"), "'32-true', 'bf16-mixed'"),
     "generator": (lambda c, x, y: StandardTrainer(c).fit_generator([x]), "ART DataGenerator or a torch DataLoader"),
     "classifier": (lambda c, x, y: StandardTrainer(c.model), "expected an ART PyTorchClassifier"),

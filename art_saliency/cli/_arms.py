@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Arm", "Budget", "Trained", "cost_of", "finish", "keep", "parse_arm", "run_arm", "train_arm"]
 
 _PICTURES = 8
-_OPTIONS = ("ema", "swa_from", "awp", "label_smoothing", "grad_clip", "precision")
+_OPTIONS = ("ema", "swa_from", "awp", "label_smoothing", "grad_clip", "precision", "channels_last")
 
 
 @dataclass(frozen=True)

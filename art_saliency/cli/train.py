@@ -121,6 +121,9 @@ def add_parser(commands: Any) -> None:
         "--label-smoothing", type=float, default=0.0, help="for methods that take soft labels (default: 0)"
     )
     run_group.add_argument("--precision", default="32-true", help="32-true or bf16-mixed (default: %(default)s)")
+    run_group.add_argument(
+        "--channels-last", action="store_true", help="convolutions on channels-last memory: often faster"
+    )
     run_group.add_argument("--deterministic", action="store_true", help="only kernels whose results repeat bit for bit")
     run_group.add_argument(
         "--resume", action="store_true", help="go on with the run in --out, where one was interrupted; else start it"
@@ -226,6 +229,7 @@ def _recipe(args: argparse.Namespace, parameters: dict[str, Any], classifier: Py
         grad_clip=args.grad_clip,
         precision=args.precision,
         deterministic=args.deterministic,
+        channels_last=args.channels_last,
         validation_split=args.validation_split,
         weights=spec_of(args.weights) if args.weights else None,
         selection=args.selection,

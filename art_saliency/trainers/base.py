@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from art_saliency import _checks
 from art_saliency.data import stratified_split, to_unit
 from art_saliency.errors import UnsupportedModelError
 from art_saliency.methods.base import Objective
+from art_saliency.modes import channels_last
 from art_saliency.threat import ThreatModel
 from art_saliency.trainers.identity import digest_of_pair, identity_of_run
 from art_saliency.trainers.network import ClassifierNetwork, check_trainable
@@ -49,6 +51,8 @@ class RunOptions:
     :ivar grad_clip: The greatest norm of the gradient; ``None`` does not clip.
     :ivar deterministic: Whether only kernels are used whose results repeat bit for bit.
     :ivar precision: ``"32-true"`` or ``"bf16-mixed"``.
+    :ivar channels_last: Whether convolutions work on channels-last memory: faster where the processor's kernels prefer it, with other
+        rounding; the weights are laid out as before afterwards.
     :ivar validate_every: Epochs between two measurements on the validation data.
     :ivar validation_split: The share of the training images that is held out when there is no `validation_data`; 0 holds out none.
     :ivar selection: Whose weights stay in the classifier: ``"last"``, or ``"best"`` for the epoch with the highest PGD accuracy on
@@ -74,6 +78,7 @@ class RunOptions:
     grad_clip: float | None = None
     deterministic: bool = False
     precision: str = "32-true"
+    channels_last: bool = False
     validate_every: int = 1
     validation_split: float = 0.0
     selection: str = "last"
@@ -112,6 +117,7 @@ class RunOptions:
         if options.augment is not None and not callable(options.augment):
             raise _checks.refuse("augment", type(options.augment).__name__, "a callable such as data.Augmentation()")
         _checks.flag("deterministic", options.deterministic)
+        _checks.flag("channels_last", options.channels_last)
         _checks.flag("verbose", options.verbose)
         _checks.one_of("precision", options.precision, PRECISIONS)
         _checks.whole("validate_every", options.validate_every, least=1)
@@ -267,7 +273,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         :param batch_size: Images a step.
         :param nb_epochs: Passes over the data.
         :param scheduler: ``"cosine"``, ``"step"``, ``"onecycle"``, or any torch scheduler (stepped once an epoch).
-        :param kwargs: The fields of :class:`RunOptions`: ``seed``, ``augment``, ``grad_clip``, ``deterministic``, ``precision``,
+        :param kwargs: The fields of :class:`RunOptions`: ``seed``, ``augment``, ``grad_clip``, ``deterministic``, ``precision``, ``channels_last``,
             ``validate_every``, ``validation_split``, ``selection``, ``patience``, ``ema``, ``swa_from``, ``awp``,
             ``label_smoothing``, ``checkpoint_dir``, ``checkpoint_every``, ``resume``, ``extensions``, ``verbose``. An unknown
             keyword is refused.
@@ -531,21 +537,22 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         if options.verbose:
             extensions.append(Progress(self.method_name()))
         self.history, self.kept_weights = History(), {}
-        train(
-            self._network,
-            self.objective,
-            self._classifier.optimizer,
-            batches,
-            epochs=epochs,
-            engine=Engine(self._device, precision=options.precision),
-            seed=options.seed,
-            scheduler=scheduler,
-            grad_clip=options.grad_clip,
-            deterministic=options.deterministic,
-            extensions=extensions,
-            history=self.history,
-            checkpoints=checkpoints,
-        )
+        with channels_last(self._network) if options.channels_last else nullcontext():
+            train(
+                self._network,
+                self.objective,
+                self._classifier.optimizer,
+                batches,
+                epochs=epochs,
+                engine=Engine(self._device, precision=options.precision),
+                seed=options.seed,
+                scheduler=scheduler,
+                grad_clip=options.grad_clip,
+                deterministic=options.deterministic,
+                extensions=extensions,
+                history=self.history,
+                checkpoints=checkpoints,
+            )
         inner = "network."  # as ClassifierNetwork calls the classifier's own model
         self.kept_weights = {
             which: {name.removeprefix(inner): value for name, value in weights.items()}

@@ -46,7 +46,7 @@ class Recipe:
     :ivar parameters: The trainer's keywords. :ivar optimizer: What :func:`describe_optimizer` says.
     :ivar epochs: Passes. :ivar batch_size: Images a step. :ivar seed: Of everything random, the split included.
     :ivar scheduler: A name or ``None``. :ivar augment: A name or ``None``. :ivar grad_clip: The greatest norm, or ``None``.
-    :ivar precision: As in ``fit``. :ivar deterministic: As in ``fit``.
+    :ivar precision: As in ``fit``. :ivar deterministic: As in ``fit``. :ivar channels_last: As in ``fit``.
     :ivar validation_split: The share of the training images that was held out; 0 is none.
     :ivar weights: A file of weights that training began from, or ``None``.
     :ivar selection: As in ``fit``, and so are the following: :class:`~art_saliency.trainers.base.RunOptions`.
@@ -62,6 +62,7 @@ class Recipe:
     grad_clip: float | None = None
     precision: str = "32-true"
     deterministic: bool = False
+    channels_last: bool = False
     validation_split: float = 0.0
     weights: str | None = field(default=None)
     selection: str = "last"
@@ -78,6 +79,7 @@ class Recipe:
             "grad_clip",
             "precision",
             "deterministic",
+            "channels_last",
             "selection",
             "patience",
             "validate_every",
