@@ -126,6 +126,7 @@ _METHODS = (
 )
 _CONTROL_ARMS = (
     "adapter+pgd-at",
+    "fsr+pgd-at:lambda_sep=0.1:lambda_rec=0.1",
     "fsr+pgd-at:lambda_sep=0:lambda_rec=0",
     "fsr+pgd-at without noise",
     "adv-gsct:consensus=0",
