@@ -20,6 +20,8 @@ from pathlib import Path
 
 from benchmarking.grids import GRIDS, contestant
 
+from art_saliency.errors import ArtSaliencyError
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -51,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     torch.set_num_threads(args.threads)
     data = read_data(grid, args.data)
-    for seed in range(grid.seeds) if args.seeds is None else map(int, args.seeds.split(",")):
+    for seed in args.seeds or range(grid.seeds):
         for name in arms:
             if standing(args.out, args.grid, name, seed):
                 continue
@@ -90,6 +92,14 @@ def pages(args: argparse.Namespace) -> int:
     return 0
 
 
+def seeds(words: str) -> list[int]:
+    """:return: Of "0,2": [0, 2]."""
+    found = [int(word) for word in words.split(",")]
+    if min(found) < 0:
+        raise ValueError(words)
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     """Do what the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("grid", choices=GRIDS)
     command.add_argument("--data", help="the file of a grid that has no data of its own: an .npz or a folder of .npy")
     command.add_argument("--arms", help="some of the grid's, comma-separated (default: all)")
-    command.add_argument("--seeds", help="comma-separated (default: the grid's)")
+    command.add_argument("--seeds", type=seeds, help="comma-separated (default: the grid's)")
     command.add_argument(
         "--threads", type=int, default=1, help="of torch; figures depend on it a little (default: %(default)s)"
     )
@@ -108,7 +118,11 @@ def main(argv: list[str] | None = None) -> int:
     for command in commands.choices.values():
         command.add_argument("--out", type=Path, default=RESULTS, help="the folder of results (default: %(default)s)")
     args = parser.parse_args(argv)
-    return args.act(args)
+    try:
+        return args.act(args)
+    except ArtSaliencyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

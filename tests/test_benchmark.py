@@ -174,12 +174,23 @@ def test_equal_seeds_give_equal_networks(tiny, tmp_path):
     [
         (["mnist-0.2"], "--data: got nothing, expected the file of MNIST"),
         (["digits", "--arms", "pgd"], "--arms: got 'pgd', expected some of standard"),
+        (["mnist-0.2", "--data", "no.npz"], "no.npz"),
     ],
 )
 def test_wrong_words_are_answered_with_what_was_expected(words, said, capsys, tmp_path):
     assert benchmark.main(["run", *words, "--out", str(tmp_path)]) == 2
     assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words", [["run", "digit"], ["run", "digits", "--seeds", "one"], ["run", "digits", "--seeds", "-1"], []]
+)
+def test_words_that_do_not_parse_end_with_usage(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main(words)
+    assert ended.value.code == 2
+    assert "usage: " in capsys.readouterr().err
 
 
 def test_a_difference_is_taken_seed_by_seed_and_judged_by_two_deviations():
