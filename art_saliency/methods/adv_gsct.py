@@ -254,8 +254,8 @@ class AdvGSCT(Objective):
     :param label_on: Which images the classification loss sees: ``"pseudo-input"``, or ``"both"`` for the mean with clean ones.
     :param target_network: Whose saliency is the label: ``"current"``, or ``"ema"``, the slow copy that the loop keeps.
     :param form: ``"double-backward"``, or ``"finite-difference"``: one more forward pass instead of second derivatives, see
-        :func:`consensus_by_differences`, which wants a tenth of the weight on ReLU networks; it knows the consensus alone, not
-        `l2_consensus` and `linearity`, and refuses dropout.
+        :func:`consensus_by_differences`, for networks with a smooth activation; it knows the consensus alone, not `l2_consensus`
+        and `linearity`, and refuses dropout.
     :param h: Length of the finite difference, in pixel units (L2).
     """
 
