@@ -47,6 +47,7 @@ def test_a_figure_shows_what_the_runs_say(name, runs):
 @pytest.mark.parametrize("path", STORED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_stored_run_is_the_grids_own_and_can_be_traced(path):
     page = json.loads(path.read_text())
+    assert page["arm"] in grids.GRIDS[page["grid"]].arms
     assert path == running.file_of(RESULTS, page["grid"], page["arm"], page["seed"])
     assert benchmark.standing(RESULTS, page["grid"], page["arm"], page["seed"]), "its settings are no longer the grid's"
     words = shlex.split(page["command"])
