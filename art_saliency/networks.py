@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import attrgetter
@@ -131,7 +132,9 @@ def _from_elsewhere(name: str, num_classes: int, shape: tuple[int, int, int]) ->
 
 
 def _from_timm(name: str, num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    timm, what = _checks.optional("timm", "timm", f"the network {name!r}"), name.partition(":")[2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch, at timm's use of torch.jit
+        timm, what = _checks.optional("timm", "timm", f"the network {name!r}"), name.partition(":")[2]
     _known(name, timm.list_models())
     settings = timm.get_pretrained_cfg(what)
     # Networks of patches are made for one size; the others take any, and many of them no such keyword.
