@@ -13,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from art_saliency.errors import UnsupportedModelError
 
-__all__ = ["batch_statistics_kept", "channels_last", "evaluating", "frozen", "modes_kept", "refuse_dropout", "training"]
+__all__ = ["channels_last", "evaluating", "frozen", "modes_kept", "refuse_dropout", "side_pass", "training"]
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def channels_last(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def batch_statistics_kept(*modules: nn.Module) -> Iterator[None]:
+def side_pass(*modules: nn.Module) -> Iterator[None]:
     """
     For the side passes of a step: BatchNorm normalises by the batch without moving its running statistics, and layers that record
     their pass for an auxiliary loss (those with a flag ``recording``) leave it unrecorded.
@@ -98,26 +98,24 @@ def batch_statistics_kept(*modules: nn.Module) -> Iterator[None]:
 
     :param modules: The networks.
     """
-    tracking = [
-        child
-        for module in modules
-        for child in module.modules()
-        if isinstance(child, _BatchNorm) and child.training and child.track_running_stats
-    ]
-    recording: list[Any] = [
-        layer for module in modules for layer in module.modules() if getattr(layer, "recording", False) is True
-    ]
+    tracking: list[_BatchNorm] = []
+    recording: list[Any] = []
+    for child in (child for module in modules for child in module.modules()):
+        if isinstance(child, _BatchNorm) and child.training and child.track_running_stats:
+            tracking.append(child)
+        elif getattr(child, "recording", False) is True:
+            recording.append(child)
     try:
-        for child in tracking:
-            child.track_running_stats = False  # torch then passes no running statistics to the kernel
+        for norm in tracking:
+            norm.track_running_stats = False  # torch then passes no running statistics to the kernel
         for layer in recording:
             layer.recording = False
         yield
     finally:
         for layer in recording:
             layer.recording = True
-        for child in tracking:
-            child.track_running_stats = True
+        for norm in tracking:
+            norm.track_running_stats = True
 
 
 def refuse_dropout(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from art_saliency.modes import batch_statistics_kept, channels_last, evaluating, frozen, modes_kept, training
+from art_saliency.modes import channels_last, evaluating, frozen, modes_kept, side_pass, training
 
 
 class StopHereError(Exception):
@@ -122,7 +122,7 @@ def test_statistics_stand_still_inside_and_move_again_afterwards(raises):
     before = buffers(model)
     assert len(before) == 3 * 3
     try:
-        with batch_statistics_kept(model):
+        with side_pass(model):
             model(x + 1)
             model(2 * x)
             if raises:
@@ -144,7 +144,7 @@ def test_outputs_and_weight_gradients_inside_are_those_of_plain_train_mode():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     plain, x = copy.deepcopy(model), torch.rand(4, 1, 8, 8)
-    with batch_statistics_kept(model):
+    with side_pass(model):
         inside = model(x)
     outside = plain(x)
     assert torch.equal(inside, outside)
@@ -162,7 +162,7 @@ def test_a_batch_norm_in_eval_mode_still_normalises_by_its_running_statistics():
     model[0].eval()
     model[0].running_mean.fill_(5)
     x = torch.rand(3, 1, 4, 4)
-    with batch_statistics_kept(model):
+    with side_pass(model):
         first = model[0](x)
     assert torch.allclose(first, (x - 5) / (1 + 1e-5) ** 0.5)
 
@@ -172,8 +172,8 @@ def test_nested_and_several_networks():
     tracking = [m.track_running_stats for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert tracking == [True, True, False, True]
     before = buffers(model), buffers(other)
-    with batch_statistics_kept(model, other):
-        with batch_statistics_kept(model):
+    with side_pass(model, other):
+        with side_pass(model):
             model(torch.rand(4, 1, 8, 8))
         model(torch.rand(4, 1, 8, 8))  # the inner one's exit does not set them free
         other(torch.rand(4, 1, 8, 8))
@@ -194,7 +194,7 @@ def test_a_side_pass_is_not_recorded_and_flags_come_back_on_error():
     during = []
 
     def fail():
-        with batch_statistics_kept(model):
+        with side_pass(model):
             during.extend(child.recording for child in model)
             raise StopHereError
 

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from art_saliency.modes import batch_statistics_kept, training
+from art_saliency.modes import side_pass, training
 
 _KINKED = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Threshold, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish)
 _SHARPNESS = 10.0  # of the softplus: within 0.07 of a ReLU everywhere, and curved over a few tenths around its kink
@@ -62,7 +62,7 @@ class InTrainMode(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """:return: (N, K)."""
-        with training(self.model), batch_statistics_kept(self.model):
+        with training(self.model), side_pass(self.model):
             logits: Tensor = self.model(x)
         return logits
 

@@ -18,7 +18,7 @@ from art_saliency.attacks import AdaptiveAttack, InnerAttack, Reachable, cross_e
 from art_saliency.gradients import cosine, importance, input_gradient, top_share_mask
 from art_saliency.methods.base import Batch, LossTerms, Objective, warmup
 from art_saliency.methods.baselines import full_precision, kl_divergence
-from art_saliency.modes import batch_statistics_kept, evaluating, frozen, refuse_dropout
+from art_saliency.modes import evaluating, frozen, refuse_dropout, side_pass
 from art_saliency.randomness import RandomSource, uniform
 from art_saliency.threat import ThreatModel
 
@@ -337,7 +337,7 @@ class AdvGSCT(Objective):
         need_g = self.consensus > 0 or self.l2_consensus > 0 or self.linearity > 0
         radius = self.radius(batch.progress)
         x0 = self._start(x, self.threat.scaled(radius), batch.random).detach().requires_grad_(True)
-        with batch_statistics_kept(model):
+        with side_pass(model):
             clean_loss = cross_entropy(model(x), y).mean() if self.label_on == "both" else None
             logits0 = model(x0)
         score0 = self._score(logits0, y)
@@ -358,7 +358,7 @@ class AdvGSCT(Objective):
             # "To ensure the discrimination of the estimated target saliency": it keeps the essential pixels only.
             target = mask * self._target_saliency(model, batch, score, x_pseudo)
             if self.consensus and differences:
-                with batch_statistics_kept(model):
+                with side_pass(model):
                     parts["consensus"] = consensus_by_differences(
                         g, target, x0.detach(), score0, lambda moved: self._score(model(moved), y), h=self.h
                     )

@@ -71,7 +71,7 @@ class LossTerms:
     :ivar loss: Scalar, to be minimised.
     :ivar logits: (N, K) of the train-mode forward that is reported as training accuracy: the adversarial branch of an
         adversarial method. They are the last N rows of the step's last train-mode forward but for side passes, which
-        :func:`~art_saliency.modes.batch_statistics_kept` marks.
+        :func:`~art_saliency.modes.side_pass` marks.
     :ivar terms: Every component by name, scalars, detached and without their weights.
     """
 
@@ -164,7 +164,7 @@ class AuxiliaryLoss(Protocol):
     A module inside the network that adds a loss of its own to whatever objective trains it (an FSR layer).
 
     The loss belongs to the last ``len(y)`` rows of the last train-mode forward of the step that is no side pass: inside
-    :func:`~art_saliency.modes.batch_statistics_kept` a module's flag ``recording``, where it has one, is off.
+    :func:`~art_saliency.modes.side_pass` a module's flag ``recording``, where it has one, is off.
     """
 
     def start_step(self, random: RandomSource | None) -> None:

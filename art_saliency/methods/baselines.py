@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from art_saliency import _checks
 from art_saliency.attacks import cross_entropy, pgd
 from art_saliency.methods.base import Attack, Batch, LossTerms, Objective
-from art_saliency.modes import batch_statistics_kept, evaluating, frozen
+from art_saliency.modes import evaluating, frozen, side_pass
 from art_saliency.randomness import normal
 from art_saliency.threat import ThreatModel
 
@@ -424,7 +424,7 @@ class TRADES(AdversarialObjective):
     def forward(self, model: nn.Module, batch: Batch) -> LossTerms:
         """:return: CE(z, y) + beta * KL(p(x) || p(x~)), the adversarial logits, ``ce_clean`` and ``kl``."""
         x_adv = self.adversarial(model, batch)
-        with batch_statistics_kept(model):
+        with side_pass(model):
             clean_logits = model(batch.x)
         adv_logits = model(x_adv)
         loss = trades_loss(clean_logits, adv_logits, batch.y, beta=self.beta, label_smoothing=self.label_smoothing)
@@ -472,7 +472,7 @@ class MART(AdversarialObjective):
     def forward(self, model: nn.Module, batch: Batch) -> LossTerms:
         """:return: :func:`mart_loss`, the adversarial logits, ``bce_adv`` and ``doubted_kl``."""
         x_adv = self.adversarial(model, batch)
-        with batch_statistics_kept(model):
+        with side_pass(model):
             clean_logits = model(batch.x)
         adv_logits = model(x_adv)
         loss = mart_loss(clean_logits, adv_logits, batch.y, lam=self.lam)

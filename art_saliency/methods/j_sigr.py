@@ -23,7 +23,7 @@ from art_saliency.attacks import AdaptiveAttack, InnerAttack, Reachable, cross_e
 from art_saliency.gradients import input_gradient, jacobian_projection, sphere_directions
 from art_saliency.methods.base import Batch, LossTerms, Objective, warmup
 from art_saliency.methods.baselines import full_precision
-from art_saliency.modes import batch_statistics_kept, refuse_dropout
+from art_saliency.modes import refuse_dropout, side_pass
 from art_saliency.perturbation_saliency import (
     SCORES,
     load_or_compute,
@@ -364,7 +364,7 @@ class JSIGR(Objective):
         differences: list[tuple[str, Tensor | float, Callable[[Tensor], Tensor], Tensor]] = []
         logits = model(x)
         z = full_precision(logits)
-        with batch_statistics_kept(model):
+        with side_pass(model):
             if self.lambda_j:
                 for w, weight in self._directions(z, batch):
                     rows = jacobian_projection(z, x, w, retain_graph=True)

@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarking.grids import METHODS
+
 __all__ = ["CLAIMS", "HEADLINE", "Claim"]
 
-HEADLINE = (
-    "standard",
-    "fgsm-rs",
-    "pgd-at",
-    "trades",
-    "mart",
-    "alp",
-    "adv-gsct",
-    "j-sigr@silu",
-    "aalp",
-    "fsr+pgd-at",
-    "fsr+trades",
-)
+HEADLINE = METHODS
 """The rows of the README's table."""
 
 

@@ -13,7 +13,7 @@ from art_saliency.cli._arms import Arm, parse_arm
 from art_saliency.methods.fsr import fsr_layers, insert_adapter, insert_fsr
 from art_saliency.modes import evaluating
 
-__all__ = ["GRIDS", "Contestant", "Grid", "contestant"]
+__all__ = ["GRIDS", "METHODS", "Contestant", "Grid", "contestant"]
 
 Prepare = Callable[[nn.Module, Tensor], object]
 """(network, images (2, C, H, W) in [0, 1]): changes a fresh network."""
@@ -111,7 +111,7 @@ def _parameter_names(method: str) -> tuple[str, ...]:
     return OBJECTIVES[method].parameter_names()
 
 
-_METHODS = (
+METHODS = (
     "standard",
     "fgsm-rs",
     "pgd-at",
@@ -156,7 +156,7 @@ _MNIST = {
     "batch_size": 64,
     "lr": 0.005,
     "images": 200,
-    "arms": (*_METHODS, *_CONTROL_ARMS),
+    "arms": (*METHODS, *_CONTROL_ARMS),
     "seeds": 3,
     "audited": 100,
     "hidden": 16,
@@ -174,7 +174,7 @@ GRIDS: dict[str, Grid] = {
         batch_size=128,
         lr=0.01,
         images=360,
-        arms=(*_METHODS, *_CONTROL_ARMS, *_COMBINATIONS),
+        arms=(*METHODS, *_CONTROL_ARMS, *_COMBINATIONS),
         seeds=5,
         audited=100,
         hidden=16,
@@ -190,7 +190,7 @@ GRIDS: dict[str, Grid] = {
         batch_size=128,
         lr=0.01,
         images=200,
-        arms=(*_METHODS, "pgd-at@silu", "adapter+pgd-at"),
+        arms=(*METHODS, "pgd-at@silu", "adapter+pgd-at"),
         seeds=1,
         audited=100,
         hidden=16,
