@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Extension", "OverfittingWatch", "Validation"]
 
-_PIECE = 1 << 24  # bytes
+_PIECE = 1 << 22  # bytes
 
 
 class Extension:
@@ -116,7 +116,7 @@ class Validation(Extension):
             record["validation_robust_accuracy"] = round(robust) / len(self.y)
 
     def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The held-out images some 16 MB at a time: a share of a set in a file may be larger than memory."""
+        """The held-out images some 4 MB at a time: a share of a set in a file may be larger than memory."""
         bytes_each = self.x.dtype.itemsize * self.x.shape[1:].numel()
         rows = self.batch_size * max(1, _PIECE // (self.batch_size * bytes_each))
         for start in range(0, len(self.y), rows):
