@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from art_saliency.attacks import pgd
 from art_saliency.errors import InputError
 from art_saliency.evaluation.accuracy import pgd_accuracy
+from art_saliency.methods.aalp import AALP
 from art_saliency.methods.base import Batch, LossTerms, Objective
 from art_saliency.methods.baselines import (
     ALP,
@@ -434,3 +436,27 @@ def test_boosted_cross_entropy_exceeds_the_cross_entropy_by_its_margin_term() ->
     assert float(boosted_cross_entropy(z, y) - F.cross_entropy(z, y)) == pytest.approx(
         -float((1 - p[1]).log()), abs=1e-6
     )
+
+
+class Patient(PGDAT):
+    name = "patient"
+
+    def __init__(self, *, patience: int = 2, max_iter: int = 4, **options: Any) -> None:
+        super().__init__(max_iter=max_iter, **options)
+        self.patience = patience
+
+
+def test_a_signature_names_what_is_handed_on_and_a_users_method_needs_no_list() -> None:
+    assert Patient.parameter_names() == (
+        *("eps", "norm", "eps_step", "random_start", "attack", "eps_warmup_share", "label_smoothing"),
+        *("patience", "max_iter"),
+    )
+    assert Patient(eps=0.1, label_smoothing=0.5).config() == {
+        **PGDAT(eps=0.1, label_smoothing=0.5, max_iter=4).config(),
+        "patience": 2,
+    }
+    assert set(PGDAT.parameter_names()) - set(FGSMRS.parameter_names()) == {"max_iter"}
+    assert set(PGDAT.parameter_names()) - set(TRADES.parameter_names()) == {"random_start"}
+    for method, name in ((FGSMRS, "max_iter"), (TRADES, "rate"), (AALP, "beta"), (Patient, "beta")):
+        with pytest.raises(TypeError, match=name):
+            method(eps=0.1, **{name: 1})

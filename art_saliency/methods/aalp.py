@@ -15,13 +15,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from art_saliency import _checks
 from art_saliency.attacks import AdaptiveAttack, InnerAttack, cross_entropy
 from art_saliency.errors import UnsupportedModelError
 from art_saliency.gradients import top_share_mask
-from art_saliency.methods.base import Attack, Batch, LossTerms, warmup
-from art_saliency.methods.baselines import ALP, alp_loss, full_precision, joint_logits
+from art_saliency.methods.base import Batch, LossTerms, warmup
+from art_saliency.methods.baselines import ALP, AttackOptions, alp_loss, full_precision, joint_logits
 from art_saliency.modes import evaluating, frozen
 from art_saliency.randomness import RandomSource, uniform
 
@@ -412,13 +413,6 @@ class AALP(ALP):
     def __init__(
         self,
         *,
-        eps: float,
-        norm: str = "Linf",
-        eps_step: float | None = None,
-        max_iter: int = 10,
-        random_start: bool = True,
-        attack: Attack | None = None,
-        eps_warmup_share: float = 0.0,
         lam: float = 0.5,
         clean_weight: float = 0.0,
         rate: float = 0.3,
@@ -432,19 +426,9 @@ class AALP(ALP):
         normalise: bool = False,
         balance: bool = False,
         label_smoothing: float = 0.0,
+        **options: Unpack[AttackOptions],
     ) -> None:
-        super().__init__(
-            eps=eps,
-            norm=norm,
-            eps_step=eps_step,
-            max_iter=max_iter,
-            random_start=random_start,
-            attack=attack,
-            eps_warmup_share=eps_warmup_share,
-            lam=lam,
-            clean_weight=clean_weight,
-            label_smoothing=label_smoothing,
-        )
+        super().__init__(lam=lam, clean_weight=clean_weight, label_smoothing=label_smoothing, **options)
         self.rate = _checks.real("rate", rate, least=0, below=1)
         self.ramp = _checks.real("ramp", ramp, least=0, most=1)
         self.guide = _checks.one_of("guide", guide, GUIDES)

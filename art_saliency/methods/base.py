@@ -13,10 +13,11 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, cast, runtime_checkable
+from typing import Any, ClassVar, Protocol, cast, get_args, get_origin, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack, get_type_hints
 
 from art_saliency import _checks
 from art_saliency.attacks import AdaptiveAttack
@@ -102,6 +103,12 @@ class Objective(nn.Module):
     needs_target_model: bool = False
     eps_warmup_share: float = 0.0
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Write the constructor's signature out, for ``help()``, editors and :meth:`parameter_names`."""
+        super().__init_subclass__(**kwargs)
+        if "__init__" in cls.__dict__:
+            cls.__signature__ = _written_out(cls)  # type: ignore[attr-defined]
+
     @property
     def needs_maps(self) -> bool:
         """Whether ``batch.maps`` is read: the trainer then makes them once, by ``cached_maps`` and ``full_maps``."""
@@ -120,7 +127,7 @@ class Objective(nn.Module):
     @classmethod
     def parameter_names(cls) -> tuple[str, ...]:
         """:return: The constructor's keyword arguments."""
-        return tuple(name for name in inspect.signature(cls.__init__).parameters if name != "self")
+        return tuple(inspect.signature(cls).parameters)
 
     def config(self) -> dict[str, Any]:
         """:return: Constructor arguments, JSON-able; a callable is written as ``{"callable": its name}`` and cannot be read back."""
@@ -146,6 +153,25 @@ class Objective(nn.Module):
     def extra_repr(self) -> str:
         """:return: The constructor arguments, as ``repr`` shows them."""
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.parameter_names())
+
+
+def _written_out(cls: type[Objective]) -> inspect.Signature:
+    """
+    A constructor's signature, with what its ``**options`` stands for: the parameters that it hands on to its base.
+
+    They are the keys of ``Unpack[...]`` where the options are typed so, and all that the base takes where they are not.
+    """
+    own = dict(list(inspect.signature(cls.__init__).parameters.items())[1:])
+    rest = next((p for p in own.values() if p.kind is p.VAR_KEYWORD), None)
+    if rest is None:
+        return inspect.Signature(list(own.values()))
+    del own[rest.name]
+    inherited = inspect.signature(cls.__mro__[1]).parameters
+    hint = get_type_hints(cls.__init__, include_extras=True).get(rest.name)
+    handed_on = get_type_hints(get_args(hint)[0]) if get_origin(hint) is Unpack else inherited
+    return inspect.Signature(
+        [p for name, p in inherited.items() if name in handed_on and name not in own] + [*own.values()]
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -9,11 +9,12 @@ statistics: ALP makes one joint forward of [x; x~], TRADES and MART two separate
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from art_saliency import _checks
 from art_saliency.attacks import cross_entropy, pgd
@@ -29,7 +30,10 @@ __all__ = [
     "PGDAT",
     "TRADES",
     "AdversarialObjective",
+    "AttackOptions",
+    "SingleStepOptions",
     "Standard",
+    "StartlessOptions",
     "alp_loss",
     "boosted_cross_entropy",
     "doubted_kl",
@@ -191,6 +195,30 @@ class Standard(Objective):
         return LossTerms(loss, logits, {"ce_clean": loss.detach()})
 
 
+class _CommonOptions(TypedDict, total=False):
+    eps: float
+    norm: str
+    eps_step: float | None
+    attack: Attack | None
+    eps_warmup_share: float
+
+
+class SingleStepOptions(_CommonOptions, total=False):
+    """The parameters of :class:`AdversarialObjective` that a method of one step hands on."""
+
+    random_start: bool
+
+
+class StartlessOptions(_CommonOptions, total=False):
+    """Those that a method with a start of its own hands on."""
+
+    max_iter: int
+
+
+class AttackOptions(SingleStepOptions, StartlessOptions, total=False):
+    """All of them."""
+
+
 class AdversarialObjective(Objective):
     """
     The inner maximisation that every adversarial method shares; subclasses define the loss.
@@ -292,24 +320,10 @@ class PGDAT(AdversarialObjective):
     def __init__(
         self,
         *,
-        eps: float,
-        norm: str = "Linf",
-        eps_step: float | None = None,
-        max_iter: int = 10,
-        random_start: bool = True,
-        attack: Attack | None = None,
-        eps_warmup_share: float = 0.0,
         label_smoothing: float = 0.0,
+        **options: Unpack[AttackOptions],
     ) -> None:
-        super().__init__(
-            eps=eps,
-            norm=norm,
-            eps_step=eps_step,
-            max_iter=max_iter,
-            random_start=random_start,
-            attack=attack,
-            eps_warmup_share=eps_warmup_share,
-        )
+        super().__init__(**options)
         self.label_smoothing = _checks.real("label_smoothing", label_smoothing, least=0, below=1)
 
     def forward(self, model: nn.Module, batch: Batch) -> LossTerms:
@@ -335,24 +349,10 @@ class FGSMRS(PGDAT):
     def __init__(
         self,
         *,
-        eps: float,
-        norm: str = "Linf",
-        eps_step: float | None = None,
-        random_start: bool = True,
-        attack: Attack | None = None,
-        eps_warmup_share: float = 0.0,
         label_smoothing: float = 0.0,
+        **options: Unpack[SingleStepOptions],
     ) -> None:
-        super().__init__(
-            eps=eps,
-            norm=norm,
-            eps_step=eps_step,
-            max_iter=1,
-            random_start=random_start,
-            attack=attack,
-            eps_warmup_share=eps_warmup_share,
-            label_smoothing=label_smoothing,
-        )
+        super().__init__(max_iter=1, label_smoothing=label_smoothing, **options)
 
     def maximise(self, model: nn.Module, batch: Batch, threat: ThreatModel, eps_step: float | None) -> Tensor:
         """:return: (N, C, H, W), the images of one step of 1.25 * eps (or `eps_step`) from a random start."""
@@ -386,23 +386,11 @@ class TRADES(AdversarialObjective):
     def __init__(
         self,
         *,
-        eps: float,
-        norm: str = "Linf",
-        eps_step: float | None = None,
-        max_iter: int = 10,
-        attack: Attack | None = None,
-        eps_warmup_share: float = 0.0,
         beta: float = 6.0,
         label_smoothing: float = 0.0,
+        **options: Unpack[StartlessOptions],
     ) -> None:
-        super().__init__(
-            eps=eps,
-            norm=norm,
-            eps_step=eps_step,
-            max_iter=max_iter,
-            attack=attack,
-            eps_warmup_share=eps_warmup_share,
-        )
+        super().__init__(**options)
         self.beta = _checks.real("beta", beta, least=0)
         self.label_smoothing = _checks.real("label_smoothing", label_smoothing, least=0, below=1)
 
@@ -449,24 +437,10 @@ class MART(AdversarialObjective):
     def __init__(
         self,
         *,
-        eps: float,
-        norm: str = "Linf",
-        eps_step: float | None = None,
-        max_iter: int = 10,
-        random_start: bool = True,
-        attack: Attack | None = None,
-        eps_warmup_share: float = 0.0,
         lam: float = 5.0,
+        **options: Unpack[AttackOptions],
     ) -> None:
-        super().__init__(
-            eps=eps,
-            norm=norm,
-            eps_step=eps_step,
-            max_iter=max_iter,
-            random_start=random_start,
-            attack=attack,
-            eps_warmup_share=eps_warmup_share,
-        )
+        super().__init__(**options)
         self.lam = _checks.real("lam", lam, least=0)
 
     def forward(self, model: nn.Module, batch: Batch) -> LossTerms:
@@ -499,26 +473,12 @@ class ALP(AdversarialObjective):
     def __init__(
         self,
         *,
-        eps: float,
-        norm: str = "Linf",
-        eps_step: float | None = None,
-        max_iter: int = 10,
-        random_start: bool = True,
-        attack: Attack | None = None,
-        eps_warmup_share: float = 0.0,
         lam: float = 0.5,
         clean_weight: float = 0.5,
         label_smoothing: float = 0.0,
+        **options: Unpack[AttackOptions],
     ) -> None:
-        super().__init__(
-            eps=eps,
-            norm=norm,
-            eps_step=eps_step,
-            max_iter=max_iter,
-            random_start=random_start,
-            attack=attack,
-            eps_warmup_share=eps_warmup_share,
-        )
+        super().__init__(**options)
         self.lam = _checks.real("lam", lam, least=0)
         self.clean_weight = _checks.real("clean_weight", clean_weight, least=0, most=1)
         self.label_smoothing = _checks.real("label_smoothing", label_smoothing, least=0, below=1)

@@ -177,7 +177,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         super().__init_subclass__(**kwargs)
         if "objective_class" not in cls.__dict__ or "__init__" in cls.__dict__:
             return
-        own = inspect.signature(cls.objective_class.__init__).parameters.values()
+        own = inspect.signature(cls.objective_class).parameters.values()
         first = [
             inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD),
             inspect.Parameter("classifier", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=PyTorchClassifier),
@@ -186,7 +186,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         def construct(self: ObjectiveTrainer, classifier: PyTorchClassifier, **parameters: Any) -> None:
             ObjectiveTrainer.__init__(self, classifier, **parameters)
 
-        construct.__signature__ = inspect.Signature([*first, *(p for p in own if p.name != "self")])  # type: ignore[attr-defined]
+        construct.__signature__ = inspect.Signature([*first, *own])  # type: ignore[attr-defined]
         construct.__doc__ = cls.objective_class.__doc__
         construct.__name__ = "__init__"
         cls.__init__ = construct  # type: ignore[method-assign]
@@ -231,7 +231,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
     @classmethod
     def _build(cls, objective: type[Objective], parameters: dict[str, Any]) -> Objective:
         _checks.no_unknown(cls.__name__, parameters, objective.parameter_names())
-        signature = inspect.signature(objective.__init__).parameters
+        signature = inspect.signature(objective).parameters
         for name in objective.parameter_names():
             if signature[name].default is inspect.Parameter.empty and name not in parameters:
                 raise _checks.refuse(name, "nothing", f"a value: {cls.__name__}(classifier, {name}=...)")

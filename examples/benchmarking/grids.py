@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from art_saliency.cli._arms import Arm, parse_arm
+from art_saliency.methods import OBJECTIVES
 from art_saliency.methods.fsr import fsr_layers, insert_adapter, insert_fsr
 from art_saliency.modes import evaluating
 
@@ -92,23 +93,20 @@ _CONTROLS: dict[str, tuple[str, Callable[[Grid], Prepare]]] = {
 
 
 def contestant(name: str, grid: Grid) -> Contestant:
-    """:return: The arm of that name; FSR's layers get the grid's width, and the grid's parameters go to all that take them."""
+    """:return: The arm of that name; FSR's layers get the grid's width, and parameters and precision go to all that take them."""
     text, control = _CONTROLS.get(name, (name, None))
     if text.startswith("fsr+") and "hidden=" not in text:
         method, at, activation = text.partition("@")
         text = f"{method}:hidden={grid.hidden}{at}{activation}"
     plain = parse_arm(text)
     method = plain.parameters.get("base", plain.trainer)
-    parameters = {**{k: v for k, v in grid.parameters.items() if k in _parameter_names(method)}, **plain.parameters}
+    taken = OBJECTIVES[method].parameter_names()
+    parameters = {**{k: v for k, v in grid.parameters.items() if k in taken}, **plain.parameters}
     options = {**grid.options, **plain.options}
+    if OBJECTIVES[method].double_backward:
+        options.pop("precision", None)  # input gradients are differentiated in float32 alone
     arm = Arm(name, plain.method, plain.trainer, parameters, plain.network, options)
     return Contestant(name, arm, None if control is None else control(grid))
-
-
-def _parameter_names(method: str) -> tuple[str, ...]:
-    from art_saliency.methods import OBJECTIVES
-
-    return OBJECTIVES[method].parameter_names()
 
 
 METHODS = (
@@ -182,21 +180,22 @@ GRIDS: dict[str, Grid] = {
     "mnist-0.2": Grid(title="MNIST (4,000 training images), Linf 0.2, small CNN", eps=0.2, **_MNIST),
     "mnist-0.3": Grid(title="MNIST (4,000 training images), Linf 0.3, small CNN", eps=0.3, **_MNIST),
     "cifar10-jpeg-10k": Grid(
-        title="JPEG-75 CIFAR-10, 10,000 training images, Linf 8/255, ResNet-18 of width 16",
+        title="JPEG-75 CIFAR-10, 10,000 training images, Linf 8/255, ResNet-18 of width 16, 5 epochs",
         data="",
         network={"name": "resnet18", "activation": "relu", "width": 16},
         eps=8 / 255,
-        epochs=10,
+        epochs=5,
         batch_size=128,
         lr=0.01,
-        images=200,
+        images=100,
         arms=(*METHODS, "pgd-at@silu", "adapter+pgd-at"),
         seeds=1,
-        audited=100,
+        audited=0,
         hidden=16,
         train_images=10_000,
         augment="crop-flip",
         parameters={"eps_warmup_share": 0.2, "max_iter": 5},
+        options={"precision": "bf16-mixed", "channels_last": True},
     ),
 }
 """By name. A grid without data of its own is given a file: ``--data mnist.npz``."""
