@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -76,3 +77,27 @@ def in_fresh_process(module: str, call: str) -> Any:
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def free_port() -> int:
+    """:return: A port of this machine that nobody listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def become_rank(rank: int, *, world: int, port: int, nodes: int = 1) -> None:
+    """Make this process, a fork of the test's, what a launcher starts: one rank of several on one machine, or as if on several."""
+    torch.set_num_threads(1)
+    here = world // nodes
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank % here),
+        GROUP_RANK=str(rank // here),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(here),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_RUN_ID="test",
+        GLOO_SOCKET_IFNAME="lo",
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import socket
 import sys
 import time
 import traceback
@@ -21,16 +20,10 @@ from art_saliency.errors import ArtSaliencyError, InputError
 from art_saliency.randomness import RandomSource
 from art_saliency.training import Extension
 from art_saliency.training.batches import ResidentBatches
-from tests.helpers import spell
+from tests.helpers import become_rank, free_port, spell
 from tests.method_settings import ROWS, classifier, small_network
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def on_ranks(task, world_size=2):
@@ -40,18 +33,7 @@ def on_ranks(task, world_size=2):
         reader, writer = os.pipe()
         if (child := os.fork()) == 0:
             os.close(reader)
-            torch.set_num_threads(1)
-            os.environ.update(
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                GROUP_RANK="0",
-                WORLD_SIZE=str(world_size),
-                LOCAL_WORLD_SIZE=str(world_size),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(port),
-                TORCHELASTIC_RUN_ID="test",
-                GLOO_SOCKET_IFNAME="lo",
-            )
+            become_rank(rank, world=world_size, port=port)
             try:
                 answer = task(rank)
             except BaseException:

@@ -29,10 +29,9 @@ from art_saliency.training.batches import ImageView, ResidentBatches
 from art_saliency.training.checkpoint import Checkpoints
 from art_saliency.training.extensions import Validation
 from art_saliency.training.state import changed, digests, own_leaves
-from tests.helpers import in_fresh_process
+from tests.helpers import become_rank, free_port, in_fresh_process
 from tests.kill_training import digits_classifier, same
 from tests.method_settings import ROWS, classifier
-from tests.test_distributed import free_port
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
 
@@ -48,19 +47,7 @@ def ranks(task, place, *, nodes=1, world=2):
     port, children = free_port(), []
     for rank in range(world):
         if (child := os.fork()) == 0:
-            torch.set_num_threads(1)
-            here = world // nodes
-            os.environ.update(
-                RANK=str(rank),
-                LOCAL_RANK=str(rank % here),
-                GROUP_RANK=str(rank // here),
-                WORLD_SIZE=str(world),
-                LOCAL_WORLD_SIZE=str(here),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(port),
-                TORCHELASTIC_RUN_ID="test",
-                GLOO_SOCKET_IFNAME="lo",
-            )
+            become_rank(rank, world=world, port=port, nodes=nodes)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             try:

@@ -31,6 +31,7 @@ __all__ = [
     "Objective",
     "auxiliary_modules",
     "auxiliary_terms",
+    "step_terms",
     "warmup",
 ]
 
@@ -224,6 +225,18 @@ def auxiliary_terms(modules: list[AuxiliaryLoss], logits: Tensor, y: Tensor) -> 
     names = dict.fromkeys(name for part in parts for name in part.terms)
     terms = {name: torch.stack([part.terms[name] for part in parts if name in part.terms]).mean() for name in names}
     return LossTerms(torch.stack([part.loss for part in parts]).mean(), logits, terms)
+
+
+def step_terms(objective: Objective, model: nn.Module, batch: Batch) -> LossTerms:
+    """:return: What a training step minimises: the objective's loss and what the network's own modules (FSR) add to it."""
+    modules = auxiliary_modules(model)
+    for module in modules:
+        module.start_step(batch.random)
+    result: LossTerms = objective(model, batch)
+    if not modules:
+        return result
+    extra = auxiliary_terms(modules, result.logits, batch.y)
+    return LossTerms(result.loss + extra.loss, result.logits, {**result.terms, **extra.terms})
 
 
 def warmup(progress: float, share: float) -> float:

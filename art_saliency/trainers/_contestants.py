@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from art_saliency import _checks
-from art_saliency.methods.base import Batch, auxiliary_modules, auxiliary_terms
+from art_saliency.methods.base import Batch, auxiliary_modules, step_terms
 from art_saliency.networks import build_network
 from art_saliency.trainers._plain_loops import BARE, PLAIN, plain_epoch
 from art_saliency.trainers._timing import Turn, growth_of, waited
@@ -165,22 +165,16 @@ class Contestants:
         if not self.batches:
             self.loop()
         model, optimizer, objective = self.classifier.model, self.classifier.optimizer, self.trainer.objective
-        modules = auxiliary_modules(model)
         model.train()
         start = waited(self.device)
         for batch in self.batches:
             with _autocast(self.device, self.precision):
-                for module in modules:
-                    module.start_step(batch.random)
-                result = objective(model, batch)
-                loss = result.loss
-                if modules:
-                    loss = loss + auxiliary_terms(modules, result.logits, batch.y).loss
+                loss = step_terms(objective, model, batch).loss
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         seconds = waited(self.device) - start
-        for module in modules:
+        for module in auxiliary_modules(model):
             module.start_step(None)
         return seconds / len(self.batches)
 

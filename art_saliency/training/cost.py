@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from art_saliency.gradients import second_derivatives
-from art_saliency.methods.base import Batch, Objective, auxiliary_modules, auxiliary_terms
+from art_saliency.methods.base import Batch, Objective, step_terms
 from art_saliency.methods.baselines import Standard
 from art_saliency.randomness import RandomSource
 
@@ -35,15 +35,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _operations(model: nn.Module, objective: Objective, batch: Batch) -> int:
     model = copy.deepcopy(model).train()
-    modules = auxiliary_modules(model)
     with second_derivatives(objective.double_backward), _Counter() as counter:
-        for module in modules:
-            module.start_step(batch.random)
-        terms = objective(model, batch)
-        loss = terms.loss
-        if modules:
-            loss = loss + auxiliary_terms(modules, terms.logits, batch.y).loss
-        loss.backward()
+        step_terms(objective, model, batch).loss.backward()  # type: ignore[no-untyped-call]
     return int(counter.total)
 
 

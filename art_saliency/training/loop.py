@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from art_saliency.gradients import second_derivatives
-from art_saliency.methods.base import Batch, LossTerms, Objective, auxiliary_modules, auxiliary_terms
+from art_saliency.methods.base import Batch, LossTerms, Objective, auxiliary_modules, step_terms
 from art_saliency.modes import modes_kept
 from art_saliency.randomness import RandomSource
 from art_saliency.training.batches import Batches
@@ -80,23 +80,11 @@ class Run:
         self.stopping = False
 
 
-def _loss_terms(run: Run, model: nn.Module, batch: Batch) -> LossTerms:
-    """The objective's loss, and what the network's own modules (FSR) add to it."""
-    modules = auxiliary_modules(run.model)
-    for module in modules:
-        module.start_step(batch.random)
-    result: LossTerms = run.objective(model, batch)
-    if modules:
-        extra = auxiliary_terms(modules, result.logits, batch.y)
-        result = LossTerms(result.loss + extra.loss, result.logits, {**result.terms, **extra.terms})
-    return result
-
-
 @contextmanager
 def _around_gradient(run: Run, batch: Batch, extensions: Sequence[Extension]) -> Iterator[None]:
     def loss_terms() -> LossTerms:
         with run.engine.autocast():
-            return _loss_terms(run, run.model, batch)
+            return step_terms(run.objective, run.model, batch)
 
     with ExitStack() as around:
         for extension in extensions:
@@ -122,7 +110,7 @@ def _epoch(
             extension.before_step(run, batch)
         with second_derivatives(run.objective.double_backward), _around_gradient(run, batch, extensions):
             with run.engine.autocast():
-                result = _loss_terms(run, model, batch)
+                result = step_terms(run.objective, model, batch)
             optimizer.zero_grad(set_to_none=True)
             run.engine.backward(result.loss)
         if grad_clip is not None:
