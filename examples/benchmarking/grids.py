@@ -149,17 +149,17 @@ _COMBINATIONS = (
 )
 _MNIST = {
     "data": "",
-    "network": {"name": "small-cnn", "activation": "relu", "width": None},
+    "network": {"name": "small-cnn", "activation": "relu", "width": 16},
     "epochs": 6,
     "batch_size": 64,
-    "lr": 0.005,
-    "images": 200,
+    "lr": 0.01,
+    "images": 100,
     "arms": (*METHODS, *_CONTROL_ARMS),
     "seeds": 3,
-    "audited": 100,
+    "audited": 0,
     "hidden": 16,
-    "train_images": 4000,
-    "parameters": {"eps_warmup_share": 0.2, "max_iter": 7},
+    "train_images": 8000,
+    "parameters": {"eps_warmup_share": 0.5, "max_iter": 7},
 }
 
 GRIDS: dict[str, Grid] = {
@@ -177,8 +177,8 @@ GRIDS: dict[str, Grid] = {
         audited=100,
         hidden=16,
     ),
-    "mnist-0.2": Grid(title="MNIST (4,000 training images), Linf 0.2, small CNN", eps=0.2, **_MNIST),
-    "mnist-0.3": Grid(title="MNIST (4,000 training images), Linf 0.3, small CNN", eps=0.3, **_MNIST),
+    "mnist-0.2": Grid(title="MNIST (8,000 training images), Linf 0.2, small CNN of width 16", eps=0.2, **_MNIST),
+    "mnist-0.3": Grid(title="MNIST (8,000 training images), Linf 0.3, small CNN of width 16", eps=0.3, **_MNIST),
     "cifar10-jpeg-10k": Grid(
         title="JPEG-75 CIFAR-10, 10,000 training images, Linf 8/255, ResNet-18 of width 16, 5 epochs",
         data="",

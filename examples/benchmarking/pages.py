@@ -101,9 +101,10 @@ def _section(runs: Runs, grid: str, arms: Sequence[str], pairs: Iterable[tuple[s
         return []
     settings, count = GRIDS[grid], sum(map(len, runs[grid].values()))
     shared = f"{settings.epochs} epochs of Adam (one cycle, peak {settings.lr:g}, batches of {settings.batch_size})"
+    audited = f", audit on {settings.audited}" if settings.audited else ""
     command = f"python examples/benchmark.py run {grid}{'' if settings.data else ' --data FILE'}"
     lines = [
-        f"**{settings.title}**, {shared}, AutoAttack and transfer on {settings.images} test images, audit on {settings.audited}; "
+        f"**{settings.title}**, {shared}, AutoAttack and transfer on {settings.images} test images{audited}; "
         f"`{command}` ({count} of {settings.seeds * len(settings.arms)} runs stand):",
         "",
         _table(runs, grid, arms),
