@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from art_saliency import _checks, data
-from art_saliency.data import DataSet, ImageFiles, load_data, stratified_split, to_unit
+from art_saliency.data import DataSet, load_data, stratified_split, to_unit
+from art_saliency.image_folders import ImageFiles, crop, files_loader, images_of
 
 __all__ = ["HELD_OUT_LIMIT", "Pictures", "StreamedSet", "open_data", "split_augmentation"]
 
@@ -68,7 +69,7 @@ class StreamedSet:
             raise _checks.refuse("size", "None", "the side of the images in pixels", "say size=224 (--size 224), say")
         self.size, self.name = _checks.whole("size", size, least=1), path.resolve().name
         self._files = {
-            part: ImageFiles(data.images_of(path, part == "train", data.crop(size, size))) for part in ("train", "test")
+            part: ImageFiles(images_of(path, part == "train", crop(size, size))) for part in ("train", "test")
         }
         self.class_names = self._files["train"].classes
         self.num_classes = len(self.class_names)
@@ -157,9 +158,9 @@ class StreamedSet:
         """
         files = self._files["train"]
         if random_crop:
-            files = files.transformed(data.crop(self.size, self.size, at_random=True))
+            files = files.transformed(crop(self.size, self.size, at_random=True))
         places = torch.arange(len(files)) if places is None else places
-        return data.files_loader(
+        return files_loader(
             files.of_rank(rank, world_size),
             places,
             batch_size=_checks.whole("batch_size", batch_size, least=1),
@@ -189,7 +190,7 @@ def open_data(
         raise _checks.refuse("stream", f"{os.fspath(spec)!r}", "a folder of images: train/CLASS/*.png", "leave it out")
     if folder and not stream and size is not None:
         bytes_ = 3 * _checks.whole("size", size, least=1) ** 2
-        stream = len(data.images_of(path, True, data.crop(size, size))) * bytes_ > data.MEMORY_LIMIT
+        stream = len(images_of(path, True, crop(size, size))) * bytes_ > data.MEMORY_LIMIT
     return StreamedSet(path, size=size) if stream else load_data(spec, size=size, **options)
 
 

@@ -32,6 +32,7 @@ LEVELS = (
         "perturbation_saliency",
         "augmentation",
         "data",
+        "image_folders",
         "streaming",
         "networks",
         "architectures",

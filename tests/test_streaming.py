@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import art_saliency.data as data_module
+import art_saliency.image_folders as folders_module
 import art_saliency.streaming as streaming
 from art_saliency import load
 from art_saliency.cli import main
@@ -115,8 +116,8 @@ def test_ranks_decode_their_own_rows_of_the_same_batches(folder, batch_size, siz
     options = {"batch_size": batch_size, "seed": 3, "random_crop": True}
     whole = [shown([batch]) for batch in streamed.training_loader(**options)][: len(sizes)]
     decoded: list[str] = []
-    real = data_module._decoded
-    monkeypatch.setattr(data_module, "_decoded", lambda file: decoded.append(file) or real(file))
+    real = folders_module._decoded
+    monkeypatch.setattr(folders_module, "_decoded", lambda file: decoded.append(file) or real(file))
     ranks = [list(streamed.training_loader(**options, rank=rank, world_size=2)) for rank in range(2)]
     assert [len(y) for _, y in ranks[0]] == sizes  # 20 = 3 * 6 + 2 leaves each of two processes one image: left out
     assert len(decoded) == len(set(decoded)) == sum(sizes)  # each by one process, once

@@ -8,9 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from art_saliency.cli._common import add_run_options, fraction, own_device, pick_device, read_settings, say
+from art_saliency.cli._common import add_run_options, own_device, pick_device, read_settings, say
 from art_saliency.cli._launch import on_ranks
-from art_saliency.cli._stream import add_stream_options, device_augmentation, held_out, training_data, way_to_fit
+from art_saliency.cli._stream import device_augmentation, held_out, training_data, way_to_fit
+from art_saliency.cli._train_options import (
+    RECIPES,
+    add_data_options,
+    add_method_options,
+    add_network_options,
+    add_run_group,
+)
 from art_saliency.errors import TrainingInterrupted
 
 if TYPE_CHECKING:
@@ -22,7 +29,6 @@ if TYPE_CHECKING:
     from art_saliency.trainers.base import ObjectiveTrainer
     from art_saliency.trainers.surrogates import Recipe
 
-_RECIPES = {"sgd": 0.1, "adam": 0.01}
 _KEPT = "checkpoints"
 """The folder, in that of a run, where it is kept until it is over."""
 _OWN = (_KEPT, "weights.pt", "run.json", "best.pt", "last.pt")
@@ -46,94 +52,10 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("method", metavar="METHOD", help="standard, fgsm-rs, pgd-at, adv-gsct, ...")
     parser.add_argument("--out", required=True, help="folder for the run")
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data",
-        default="digits",
-        help="digits, mnist, cifar10, cifar100, svhn, FILE.npz, or a folder (default: %(default)s)",
-    )
-    data.add_argument("--data-root", help="where torchvision's sets lie or are downloaded to")
-    data.add_argument("--download", action="store_true", help="let torchvision download the set")
-    data.add_argument("--size", type=int, help="side of the images that a folder of pictures is brought to")
-    data.add_argument(
-        "--validation-split",
-        type=float,
-        default=0.1,
-        help="share of the training images held out (default: %(default)s)",
-    )
-    data.add_argument(
-        "--augment",
-        default="none",
-        help="none, flip, crop or crop-flip, on the device; for streamed pictures also resized-crop and resized-crop-flip, as is "
-        "usual for ImageNet (default: %(default)s)",
-    )
-    add_stream_options(data)
-    network = parser.add_argument_group("network")
-    network.add_argument(
-        "--network",
-        help="a name, timm:NAME, torchvision:NAME or package.module:factory (default: by the image size)",
-    )
-    network.add_argument("--activation", default="relu", help="relu, silu, gelu, softplus (default: %(default)s)")
-    network.add_argument("--width", type=int, help="channels of the first stage")
-    network.add_argument(
-        "--normalise", action="store_true", help="put the training images' mean and deviation into the network"
-    )
-    network.add_argument("--weights", help="a state dict to start from")
-    method = parser.add_argument_group("method")
-    method.add_argument(
-        "--eps",
-        type=fraction,
-        required=True,
-        help="radius of the threat model, such as 8/255, of the pixel range [0, 1]",
-    )
-    method.add_argument("--norm", default="Linf", help="Linf or L2 (default: %(default)s)")
-    method.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter of the method; may be repeated"
-    )
-    run_group = parser.add_argument_group("run")
-    run_group.add_argument("--epochs", type=int, default=20, help="passes over the data (default: %(default)s)")
-    run_group.add_argument("--batch-size", type=int, default=128, help="images a step (default: %(default)s)")
-    run_group.add_argument(
-        "--optimizer", choices=sorted(_RECIPES), help="default: adam for small-cnn and mnist-cnn, else sgd"
-    )
-    run_group.add_argument("--lr", type=float, help="highest learning rate (default: 0.01 for adam, 0.1 for sgd)")
-    run_group.add_argument("--weight-decay", type=float, help="default: 0 for adam, 5e-4 for sgd")
-    run_group.add_argument(
-        "--scheduler", default="onecycle", help="onecycle, cosine, step or none (default: %(default)s)"
-    )
-    run_group.add_argument(
-        "--devices", type=int, default=1, help="processes that share every batch, on one GPU each where there are any"
-    )
-    run_group.add_argument("--grad-clip", type=float, help="the greatest norm of the gradient")
-    run_group.add_argument(
-        "--selection",
-        default="last",
-        help="last, or best: the epoch most robust on the images held out (default: last)",
-    )
-    run_group.add_argument("--patience", type=int, help="end after so many measurements without a better one")
-    run_group.add_argument(
-        "--validate-every", type=int, default=1, help="epochs between two measurements (default: %(default)s)"
-    )
-    run_group.add_argument("--ema", type=float, help="keep an exponential average of the weights, of decay 0.999, say")
-    run_group.add_argument("--swa-from", type=float, help="average the weights equally after this share of the run")
-    run_group.add_argument("--awp", type=float, metavar="GAMMA", help="adversarial weight perturbation: 0.005, say")
-    run_group.add_argument(
-        "--label-smoothing", type=float, default=0.0, help="for methods that take soft labels (default: 0)"
-    )
-    run_group.add_argument("--precision", default="32-true", help="32-true or bf16-mixed (default: %(default)s)")
-    run_group.add_argument(
-        "--channels-last", action="store_true", help="convolutions on channels-last memory: often faster"
-    )
-    run_group.add_argument("--deterministic", action="store_true", help="only kernels whose results repeat bit for bit")
-    run_group.add_argument(
-        "--resume", action="store_true", help="go on with the run in --out, where one was interrupted; else start it"
-    )
-    run_group.add_argument(
-        "--checkpoint-every",
-        default="1 epoch",
-        metavar="WORDS",
-        help="'2 epochs', '500 steps' or '600 seconds' (default: %(default)s)",
-    )
+    add_data_options(parser)
+    add_network_options(parser)
+    add_method_options(parser)
+    add_run_group(parser)
     add_run_options(parser)
     parser.set_defaults(run=run)
 
@@ -358,7 +280,7 @@ def _optimizer(model: Any, args: argparse.Namespace, network: str) -> Any:
     from art_saliency import _checks
 
     kind = args.optimizer or ("adam" if network in ("small-cnn", "mnist-cnn") else "sgd")
-    lr = _RECIPES[kind] if args.lr is None else _checks.real("--lr", args.lr, above=0)
+    lr = RECIPES[kind] if args.lr is None else _checks.real("--lr", args.lr, above=0)
     decay = (
         (0.0 if kind == "adam" else 5e-4)
         if args.weight_decay is None
