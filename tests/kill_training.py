@@ -36,7 +36,7 @@ from torch import nn
 
 from art_saliency.augmentation import Augmentation
 from art_saliency.files import read_tensors
-from art_saliency.trainers.base import RunOptions
+from art_saliency.trainers.options import RunOptions
 from art_saliency.training import engine
 from tests.method_settings import ROWS, classifier, small_network
 

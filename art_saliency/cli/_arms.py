@@ -84,8 +84,8 @@ def parse_arm(text: str, *, options: tuple[str, ...] = _OPTIONS) -> Arm:
     from art_saliency.architectures import ACTIVATIONS
     from art_saliency.cli._common import read_settings
     from art_saliency.methods import OBJECTIVES
-    from art_saliency.trainers.base import RunOptions
     from art_saliency.trainers.methods import TRAINERS
+    from art_saliency.trainers.options import RunOptions
 
     rest, at, activation = text.partition("@")
     method, *pairs = rest.split(":")

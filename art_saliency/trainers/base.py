@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,137 +25,17 @@ from art_saliency.modes import channels_last
 from art_saliency.threat import ThreatModel
 from art_saliency.trainers.identity import digest_of_pair, identity_of_run
 from art_saliency.trainers.network import ClassifierNetwork, check_trainable
+from art_saliency.trainers.options import RunOptions
 from art_saliency.trainers.teacher import teacher_maps, trained_teacher
-from art_saliency.training.averaging import ExponentialAverage, StochasticWeightAverage
-from art_saliency.training.awp import WeightPerturbation
-from art_saliency.training.batches import Augment, Batches, ImageView, ResidentBatches, StreamedBatches
-from art_saliency.training.checkpoint import MAPS, RESUME, Checkpoints, cadence
-from art_saliency.training.engine import PRECISIONS, Engine, launched
-from art_saliency.training.extensions import Extension, OverfittingWatch, Validation
+from art_saliency.training.batches import Batches, ImageView, ResidentBatches, StreamedBatches
+from art_saliency.training.checkpoint import MAPS, Checkpoints
+from art_saliency.training.engine import Engine, launched
+from art_saliency.training.extensions import OverfittingWatch, Validation
 from art_saliency.training.loop import train
 from art_saliency.training.records import History, Progress
 from art_saliency.training.schedules import Schedule
-from art_saliency.training.selection import LabelSmoothing, Selection
 
-__all__ = ["ObjectiveTrainer", "RunOptions"]
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """
-    The further keywords of ``fit`` and ``fit_generator``: they describe the run, not the method.
-
-    :ivar seed: Of data order, attacks and dropout; ``None`` draws one from torch's global generator. It stands in the history.
-    :ivar augment: Moves images on the device: an :class:`art_saliency.data.Augmentation`; ``None`` leaves them.
-    :ivar grad_clip: The greatest norm of the gradient; ``None`` does not clip.
-    :ivar deterministic: Whether only kernels are used whose results repeat bit for bit.
-    :ivar precision: ``"32-true"`` or ``"bf16-mixed"``.
-    :ivar channels_last: Whether convolutions work on channels-last memory: faster where the processor's kernels prefer it, with other
-        rounding; the weights are laid out as before afterwards.
-    :ivar validate_every: Epochs between two measurements on the validation data.
-    :ivar validation_split: The share of the training images that is held out when there is no `validation_data`; 0 holds out none.
-    :ivar selection: Whose weights stay in the classifier: ``"last"``, or ``"best"`` for the epoch with the highest PGD accuracy on
-        the validation data, which it needs. Both are in ``trainer.kept_weights`` where there is validation data.
-    :ivar patience: Measurements on the validation data without a better one after which training ends; ``None`` never.
-    :ivar ema: Decay of an exponential average of the weights (0.999, say); ``None`` keeps none. Where an average is kept, it is
-        what is validated, selected and left in the classifier.
-    :ivar swa_from: The share of the run after which the weights are averaged equally, epoch by epoch; ``None`` does not average.
-    :ivar awp: gamma of adversarial weight perturbation (0.005, say); ``None`` is without.
-    :ivar label_smoothing: 0 to below 1; for methods that take soft labels.
-    :ivar checkpoint_dir: A folder where the run is kept, so that it can go on bit for bit when it was interrupted; ``None`` writes
-        nothing. SIGINT and SIGTERM then end a run after its step, with
-        :class:`~art_saliency.errors.TrainingInterrupted`.
-    :ivar checkpoint_every: A number of epochs, or words: ``"500 steps"``, ``"600 seconds"``.
-    :ivar resume: ``"auto"`` goes on where a run in `checkpoint_dir` was interrupted, ``"must"`` refuses to start anew, ``"never"``
-        starts anew. Other data or settings than the interrupted run's are refused by name; `seed` may be left out.
-    :ivar extensions: :class:`art_saliency.training.Extension` objects of the user's own.
-    :ivar verbose: Whether progress is shown.
-    """
-
-    seed: int | None = None
-    augment: Augment | None = None
-    grad_clip: float | None = None
-    deterministic: bool = False
-    precision: str = "32-true"
-    channels_last: bool = False
-    validate_every: int = 1
-    validation_split: float = 0.0
-    selection: str = "last"
-    patience: int | None = None
-    ema: float | None = None
-    swa_from: float | None = None
-    awp: float | None = None
-    label_smoothing: float = 0.0
-    checkpoint_dir: str | os.PathLike[str] | None = None
-    checkpoint_every: int | str = 1
-    resume: str = "auto"
-    extensions: Sequence[Extension] = ()
-    verbose: bool = True
-
-    def seeded(self, interrupted: int | None = None) -> RunOptions:
-        """:return: These options with a seed: the one given, an interrupted run's, or one drawn from torch's global generator."""
-        if self.seed is not None:
-            return self
-        return replace(self, seed=int(torch.randint(2**31 - 1, ())) if interrupted is None else interrupted)
-
-    def checkpoints(self) -> Checkpoints | None:
-        """:return: What is in the folder where the run is to be kept; ``None`` without a folder."""
-        if self.checkpoint_dir is None:
-            return None
-        return Checkpoints(self.checkpoint_dir, every=self.checkpoint_every, resume=self.resume)
-
-    @classmethod
-    def checked(cls, where: str, given: dict[str, Any]) -> RunOptions:
-        """:return: The options, refused when unknown or out of range."""
-        _checks.no_unknown(where, given, [field.name for field in fields(cls)])
-        options = cls(**given)
-        if options.seed is not None:
-            _checks.whole("seed", options.seed, most=2**63 - 1)
-        if options.grad_clip is not None:
-            _checks.real("grad_clip", options.grad_clip, above=0)
-        if options.augment is not None and not callable(options.augment):
-            raise _checks.refuse("augment", type(options.augment).__name__, "a callable such as data.Augmentation()")
-        _checks.flag("deterministic", options.deterministic)
-        _checks.flag("channels_last", options.channels_last)
-        _checks.flag("verbose", options.verbose)
-        _checks.one_of("precision", options.precision, PRECISIONS)
-        _checks.whole("validate_every", options.validate_every, least=1)
-        _checks.real("validation_split", options.validation_split, least=0, below=1)
-        options._check_additions()
-        options._check_checkpoints()
-        return options if launched()[0] == 0 else replace(options, verbose=False)  # of several processes one speaks
-
-    def _check_checkpoints(self) -> None:
-        _checks.one_of("resume", self.resume, RESUME)
-        cadence(self.checkpoint_every)
-        if self.checkpoint_dir is None and (self.resume == "must" or self.checkpoint_every != 1):
-            raise _checks.refuse("checkpoint_dir", "None", "a folder", "checkpoints are written and read there")
-        if self.checkpoint_dir is not None and not isinstance(self.checkpoint_dir, (str, os.PathLike)):
-            raise _checks.refuse("checkpoint_dir", repr(self.checkpoint_dir), "a path or None")
-
-    def _check_additions(self) -> None:
-        """Build what :meth:`additions` does, so that it is refused now rather than when the data is prepared."""
-        if self.ema is not None and self.swa_from is not None:
-            raise _checks.refuse("swa_from", f"{self.swa_from:g} beside ema={self.ema:g}", "one average of the weights")
-        self.additions(1)
-        self.selecting()
-
-    def additions(self, classes: int) -> list[Extension]:
-        """:return: What changes the steps of the run and averages its weights."""
-        found: list[Extension] = []
-        if _checks.real("label_smoothing", self.label_smoothing, least=0, below=1):
-            found.append(LabelSmoothing(self.label_smoothing, classes))
-        if self.awp is not None:
-            found.append(WeightPerturbation(self.awp))
-        if self.ema is not None:
-            found.append(ExponentialAverage(self.ema))
-        if self.swa_from is not None:
-            found.append(StochasticWeightAverage(self.swa_from))
-        return found
-
-    def selecting(self) -> Selection:
-        """:return: What keeps the best weights."""
-        return Selection(self.selection, patience=self.patience)
+__all__ = ["ObjectiveTrainer"]
 
 
 class ObjectiveTrainer(Trainer):  # type: ignore[misc]

@@ -13,8 +13,9 @@ from art_saliency.methods import OBJECTIVES
 from art_saliency.methods.base import Objective
 from art_saliency.methods.baselines import PGDAT
 from art_saliency.methods.fsr import FSRLayer, insert_fsr
-from art_saliency.trainers.base import ObjectiveTrainer, RunOptions
+from art_saliency.trainers.base import ObjectiveTrainer
 from art_saliency.trainers.network import check_trainable
+from art_saliency.trainers.options import RunOptions
 
 __all__ = ["FSRTrainer"]
 

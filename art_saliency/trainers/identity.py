@@ -15,7 +15,8 @@ from art_saliency.files import sha256_of_tensors
 from art_saliency.training.batches import ImageView
 
 if TYPE_CHECKING:
-    from art_saliency.trainers.base import ObjectiveTrainer, RunOptions
+    from art_saliency.trainers.base import ObjectiveTrainer
+    from art_saliency.trainers.options import RunOptions
 
 __all__ = ["digest_of_pair", "identity_of_run"]
 

@@ -49,7 +49,7 @@ class Recipe:
     :ivar precision: As in ``fit``. :ivar deterministic: As in ``fit``. :ivar channels_last: As in ``fit``.
     :ivar validation_split: The share of the training images that was held out; 0 is none.
     :ivar weights: A file of weights that training began from, or ``None``.
-    :ivar selection: As in ``fit``, and so are the following: :class:`~art_saliency.trainers.base.RunOptions`.
+    :ivar selection: As in ``fit``, and so are the following: :class:`~art_saliency.trainers.options.RunOptions`.
     """
 
     parameters: dict[str, Any]

@@ -19,7 +19,7 @@ from art_saliency.training.loop import train
 from art_saliency.training.records import Progress
 
 if TYPE_CHECKING:
-    from art_saliency.trainers.base import RunOptions
+    from art_saliency.trainers.options import RunOptions
 
 __all__ = ["teacher_maps", "trained_teacher"]
 
