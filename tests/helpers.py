@@ -66,12 +66,13 @@ def plainly_trained(
 def in_fresh_process(module: str, call: str) -> Any:
     """
     What a function of a test module gives in a process of its own: for measurements of memory, as this one's holds, and gives out
-    again, whatever other tests have left.
+    again, whatever other tests have left. There glibc maps every large block by itself, so that what is freed is gone at once.
 
     :param module: Of tests: ``"test_ranks"``. :param call: An expression over its names, of a JSON-able value.
     """
     code = f"import json; from tests import {module} as m; print(json.dumps(eval({call!r}, vars(m))))"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    exact = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **exact}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True
     )

@@ -22,6 +22,7 @@ from art_saliency.cli import main
 from art_saliency.data import DataSet, load_data
 from art_saliency.errors import ArtSaliencyError, InputError
 from art_saliency.streaming import StreamedSet, open_data, split_augmentation
+from art_saliency.trainers._timing import growth_of
 from art_saliency.trainers.methods import StandardTrainer
 from art_saliency.trainers.runs import make_classifier
 from art_saliency.training.extensions import Extension
@@ -248,25 +249,20 @@ def test_the_command_streams_trains_and_evaluates(folder, tmp_path, capsys):
     assert "with other content than in training" in capsys.readouterr().err
 
 
-def anonymous() -> float:
-    """This process's anonymous memory, in MB."""
-    return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) / 1e3
-
-
 def peak(folder: str, count: int, streamed: bool) -> float:
     """Of anonymous memory in training, beyond the start: four times the pictures would take 29 MB more if they were kept."""
     path = pictures(Path(folder) / f"{count}-{streamed}", train=count, test=3, side=8)
-    start = anonymous()
-    most = [start]
-    watch = Watch(lambda: most.append(anonymous()))
-    common = {"nb_epochs": 1, "seed": 0, "verbose": False, "extensions": [watch]}
+    common = {"nb_epochs": 1, "seed": 0, "verbose": False}
     if streamed:
         loader = StreamedSet(path, size=128).training_loader(batch_size=8, seed=0)
-        trainer_of(128).fit_generator(loader, **common)
-    else:
+        return growth_of(lambda: trainer_of(128).fit_generator(loader, **common) or 0.0, torch.device("cpu")) / 1e6
+
+    def in_memory() -> float:
         data = load_data(path, size=128)
         trainer_of(128).fit(data.x_train, data.y_train, batch_size=8, **common)
-    return max(most) - start
+        return 0.0
+
+    return growth_of(in_memory, torch.device("cpu")) / 1e6
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
