@@ -42,6 +42,7 @@ __all__ = [
     "kl_divergence",
     "mart_loss",
     "pairing_distance",
+    "separate_logits",
     "trades_loss",
 ]
 
@@ -167,6 +168,13 @@ def joint_logits(model: nn.Module, x: Tensor, x_adv: Tensor) -> tuple[Tensor, Te
     """One forward of [x; x~]. :return: The logits of either branch, (N, K) each; the adversarial rows are the last ones."""
     logits: Tensor = model(torch.cat([x, x_adv]))
     return logits[: len(x)], logits[len(x) :]
+
+
+def separate_logits(model: nn.Module, x: Tensor, x_adv: Tensor) -> tuple[Tensor, Tensor]:
+    """Two forwards, of which that of x~ alone moves BatchNorm's running statistics. :return: The logits of either, (N, K) each."""
+    with side_pass(model):
+        clean_logits = model(x)
+    return clean_logits, model(x_adv)
 
 
 class Standard(Objective):
@@ -411,10 +419,7 @@ class TRADES(AdversarialObjective):
 
     def forward(self, model: nn.Module, batch: Batch) -> LossTerms:
         """:return: CE(z, y) + beta * KL(p(x) || p(x~)), the adversarial logits, ``ce_clean`` and ``kl``."""
-        x_adv = self.adversarial(model, batch)
-        with side_pass(model):
-            clean_logits = model(batch.x)
-        adv_logits = model(x_adv)
+        clean_logits, adv_logits = separate_logits(model, batch.x, self.adversarial(model, batch))
         loss = trades_loss(clean_logits, adv_logits, batch.y, beta=self.beta, label_smoothing=self.label_smoothing)
         with torch.no_grad():
             ce = _smoothed(clean_logits, batch.y, self.label_smoothing)
@@ -445,10 +450,7 @@ class MART(AdversarialObjective):
 
     def forward(self, model: nn.Module, batch: Batch) -> LossTerms:
         """:return: :func:`mart_loss`, the adversarial logits, ``bce_adv`` and ``doubted_kl``."""
-        x_adv = self.adversarial(model, batch)
-        with side_pass(model):
-            clean_logits = model(batch.x)
-        adv_logits = model(x_adv)
+        clean_logits, adv_logits = separate_logits(model, batch.x, self.adversarial(model, batch))
         loss = mart_loss(clean_logits, adv_logits, batch.y, lam=self.lam)
         with torch.no_grad():
             bce = boosted_cross_entropy(adv_logits, batch.y).mean()
