@@ -70,7 +70,7 @@ def way_to_fit(
             validation_split=args.validation_split,  # of the set where it lies: nothing of it is copied
             batch_size=args.batch_size,
         )
-    if getattr(trainer.objective, "needs_maps", False):
+    if trainer.objective.needs_maps:
         say(
             args,
             f"{args.method}: the saliency masks of streamed pictures are made anew in every step, which takes most of it",
