@@ -240,6 +240,16 @@ def test_noise_if_and_only_if_in_train_mode():
     assert not layer.randomised
 
 
+def test_a_layer_that_was_made_noiseless_is_so_in_train_mode_and_in_copies():
+    network = with_fsr()
+    network.body.fsr.noiseless = True
+    with deterministic(network):
+        pass
+    for each in (network, copy.deepcopy(network)):
+        assert each.body.fsr.training
+        assert not each.body.fsr.noisy
+
+
 def test_noise_is_shared_within_a_step_and_fresh_outside():
     layer = FSRLayer(3, CLASSES, hidden=4)
     layer.separation[-1].weight.data.zero_()  # r = 0: the mask is the noise

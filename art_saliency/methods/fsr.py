@@ -198,8 +198,9 @@ class FSRLayer(FeatureLayer):
             nn.init.zeros_(self.recalibration[-1].weight)  # type: ignore[arg-type]
         self.recording = False
         """Whether train-mode forward passes keep their auxiliary logits for a loss."""
+        self.noiseless = False
+        """Whether the mask is without noise in train mode too: what :func:`deterministic` sets for a while, or a control for good."""
         # These belong to the moment.
-        self._quiet = False
         self._gate = "exact"
         self._listeners: list[Callable[[Separated], None]] = []
         self._latest: AuxiliaryLogits | None = None
@@ -213,7 +214,6 @@ class FSRLayer(FeatureLayer):
             "_latest": None,
             "_random": None,
             "_drawn": {},
-            "_quiet": False,
             "_gate": "exact",
         }
         return {**self.__dict__, **moment}
@@ -221,7 +221,7 @@ class FSRLayer(FeatureLayer):
     @property
     def noisy(self) -> bool:
         """:return: Whether the next forward pass is random."""
-        return (self.training or self.randomised) and not self._quiet
+        return (self.training or self.randomised) and not self.noiseless
 
     def mask(self, f: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -488,7 +488,7 @@ def capture(model: nn.Module) -> Iterator[dict[str, AuxiliaryLogits]]:
 @contextmanager
 def deterministic(model: nn.Module) -> Iterator[None]:
     """No noise for the duration, though in train mode. :param model: The network."""
-    with _flag(model, "_quiet"):
+    with _flag(model, "noiseless"):
         yield
 
 

@@ -80,7 +80,7 @@ def _noiseless(grid: Grid) -> Prepare:
             classes = model(x).shape[1]
         insert_fsr(model, _last_stage(model), classes, x, hidden=grid.hidden)
         for layer in fsr_layers(model).values():
-            layer._quiet = True  # what `deterministic` sets for a while, for the network's whole life
+            layer.noiseless = True
 
     return prepare
 
