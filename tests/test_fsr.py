@@ -18,7 +18,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from art_saliency.attacks import cross_entropy, pgd
 from art_saliency.errors import CheckpointError, InputError, NoEffectWarning, UnsupportedModelError
-from art_saliency.methods.base import AuxiliaryLoss, auxiliary_modules, auxiliary_terms
+from art_saliency.methods.base import AuxiliaryLoss, Batch, auxiliary_modules, auxiliary_terms, step_terms
+from art_saliency.methods.baselines import Standard
 from art_saliency.methods.fsr import (
     AdapterLayer,
     AuxiliaryLogits,
@@ -324,6 +325,25 @@ def test_several_layers_contribute_their_mean_and_the_weights_count():
     terms = [(part.terms["fsr_separation"], part.terms["fsr_recalibration"]) for part in (first, second)]
     expected = (0.5 * terms[0][0] + terms[0][1] + terms[1][0] + 2.0 * terms[1][1]) / 2
     torch.testing.assert_close(auxiliary_terms(modules, logits, y).loss, expected)
+
+
+def test_auxiliary_weights_rise_over_their_share_of_the_run_and_stand_outside_one():
+    network, x, y = with_fsr(aux_warmup_share=0.5), images(), torch.tensor([0, 1, 2, 3])
+    layer = network.body.fsr
+
+    def loss_and_terms(**when):
+        layer.start_step(RandomSource(0), **when)
+        found = layer.auxiliary_loss(network(x), y)
+        return float(found.loss.detach()), found.terms
+
+    full, terms = loss_and_terms()
+    assert full == pytest.approx(float(terms["fsr_separation"] + terms["fsr_recalibration"]))
+    for progress, share in ((0.0, 0.0), (0.125, 0.25), (0.5, 1.0), (0.9, 1.0)):
+        part, _ = loss_and_terms(progress=progress)
+        assert part == pytest.approx(share * full)
+    for progress, extra in ((0.0, 0.0), (0.25, 0.5 * full)):
+        step = step_terms(Standard(), network, Batch(x, y, progress=progress, random=RandomSource(0)))
+        assert float(step.loss.detach()) == pytest.approx(float(step.terms["ce_clean"]) + extra)
 
 
 def test_capture_shows_auxiliary_logits_inside_only_and_the_network_returns_logits():

@@ -213,7 +213,7 @@ class AddsALoss(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.inner(x)
 
-    def start_step(self, random: RandomSource | None) -> None:
+    def start_step(self, random: RandomSource | None, progress: float = 1.0) -> None:
         self.steps.append(random)
 
     def auxiliary_loss(self, logits: torch.Tensor, y: torch.Tensor) -> LossTerms:

@@ -194,8 +194,12 @@ class AuxiliaryLoss(Protocol):
     :func:`~art_saliency.modes.side_pass` a module's flag ``recording``, where it has one, is off.
     """
 
-    def start_step(self, random: RandomSource | None) -> None:
-        """Forget the previous step; random numbers drawn in this one are shared by all its train-mode forwards."""
+    def start_step(self, random: RandomSource | None, progress: float = 1.0) -> None:
+        """
+        Forget the previous step; random numbers drawn in this one are shared by all its train-mode forwards.
+
+        :param random: Where they come from; ``None`` ends the last step. :param progress: The share of the run that is over.
+        """
 
     def auxiliary_loss(self, logits: Tensor, y: Tensor) -> LossTerms:
         """:return: The weighted loss, the logits as given, and the unweighted terms."""
@@ -231,7 +235,7 @@ def step_terms(objective: Objective, model: nn.Module, batch: Batch) -> LossTerm
     """:return: What a training step minimises: the objective's loss and what the network's own modules (FSR) add to it."""
     modules = auxiliary_modules(model)
     for module in modules:
-        module.start_step(batch.random)
+        module.start_step(batch.random, batch.progress)
     result: LossTerms = objective(model, batch)
     if not modules:
         return result

@@ -11,16 +11,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from art_saliency import _checks
 from art_saliency.attacks import AdaptiveAttack, AttackLoss, InnerAttack, cross_entropy
 from art_saliency.errors import CheckpointError, InputError
-from art_saliency.methods.base import LossTerms
+from art_saliency.methods.base import LossTerms, warmup
 from art_saliency.methods.surgery import FeatureLayer, Features, TokenGrid, insert_after, remove_inserted
 from art_saliency.modes import evaluating
 from art_saliency.randomness import RandomSource, uniform
@@ -30,6 +31,7 @@ __all__ = [
     "AuxiliaryLogits",
     "FSRLayer",
     "FSRLoss",
+    "LayerOptions",
     "Separated",
     "best_wrong_class",
     "capture",
@@ -151,6 +153,17 @@ def logistic_noise(like: Tensor, random: RandomSource | None = None) -> Tensor:
     return u.log() - torch.log1p(-u)
 
 
+class LayerOptions(TypedDict, total=False):
+    """The parameters of :class:`FSRLayer` that :func:`insert_fsr` and the trainer hand on."""
+
+    hidden: int
+    tau: float
+    zero_init: bool
+    lambda_sep: float
+    lambda_rec: float
+    aux_warmup_share: float
+
+
 class FSRLayer(FeatureLayer):
     """
     Separates features into robust and non-robust activations, and recalibrates the latter: f + m- R(m- f).
@@ -165,6 +178,8 @@ class FSRLayer(FeatureLayer):
     :param zero_init: Whether R's last convolution starts at zero: the layer is then the identity at first.
     :param lambda_sep: The weight of L_sep in :meth:`auxiliary_loss`, at least 0.
     :param lambda_rec: The weight of L_rec in :meth:`auxiliary_loss`, at least 0.
+    :param aux_warmup_share: The share of the run over which both weights rise linearly from 0; 0 is the full weights from the first
+        step on, as published. On small networks these keep training at its beginning, where a network predicts one class.
     :param randomised: Whether the mask is noisy in eval mode as well, for the study of that variant; such a network must be
         evaluated as a randomised one. See :func:`randomised`.
     :param tokens: As for :class:`~art_saliency.methods.surgery.FeatureLayer`.
@@ -180,6 +195,7 @@ class FSRLayer(FeatureLayer):
         zero_init: bool = False,
         lambda_sep: float = 1.0,
         lambda_rec: float = 1.0,
+        aux_warmup_share: float = 0.0,
         randomised: bool = False,
         tokens: TokenGrid | None = None,
     ) -> None:
@@ -190,6 +206,7 @@ class FSRLayer(FeatureLayer):
         self.tau = _checks.real("tau", tau, above=0)
         self.lambda_sep = _checks.real("lambda_sep", lambda_sep, least=0)
         self.lambda_rec = _checks.real("lambda_rec", lambda_rec, least=0)
+        self.aux_warmup_share = _checks.real("aux_warmup_share", aux_warmup_share, least=0, most=1)
         self.randomised = _checks.flag("randomised", randomised)
         self.separation = bottleneck(channels, hidden)
         self.recalibration = bottleneck(channels, hidden)
@@ -205,6 +222,7 @@ class FSRLayer(FeatureLayer):
         self._listeners: list[Callable[[Separated], None]] = []
         self._latest: AuxiliaryLogits | None = None
         self._random: RandomSource | None = None
+        self._progress = 1.0
         self._drawn: dict[tuple[torch.Size, torch.device], Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -213,6 +231,7 @@ class FSRLayer(FeatureLayer):
             "_listeners": [],
             "_latest": None,
             "_random": None,
+            "_progress": 1.0,
             "_drawn": {},
             "_gate": "exact",
         }
@@ -284,24 +303,26 @@ class FSRLayer(FeatureLayer):
 
     # The protocol of art_saliency.methods.base.AuxiliaryLoss.
 
-    def start_step(self, random: RandomSource | None) -> None:
+    def start_step(self, random: RandomSource | None, progress: float = 1.0) -> None:
         """
         Forget the previous step. From now on train-mode forward passes keep their auxiliary logits.
 
         :param random: Where this step's noise comes from: one draw for each shape, shared by all forward passes. ``None`` goes
             back to fresh noise from torch's global generator: call it so once the last step is over.
+        :param progress: The share of the run that is over, for `aux_warmup_share`.
         """
-        self._random, self._drawn, self._latest = random, {}, None
+        self._random, self._progress, self._drawn, self._latest = random, progress, {}, None
         self.recording = True
 
     def auxiliary_loss(self, logits: Tensor, y: Tensor) -> LossTerms:
         """
-        :func:`fsr_loss` of the last ``len(y)`` rows of the last train-mode forward pass, which is then forgotten.
+        :func:`fsr_loss` of the last ``len(y)`` rows of the last train-mode forward pass, which is then forgotten, at the weights in force.
 
         :param logits: (N, K), the network's, of those rows.
         :param y: (N,), or (N, K) soft labels.
         """
-        return fsr_loss(logits, self._take(len(y)), y, self.lambda_sep, self.lambda_rec)
+        share = warmup(self._progress, self.aux_warmup_share)
+        return fsr_loss(logits, self._take(len(y)), y, share * self.lambda_sep, share * self.lambda_rec)
 
     def _take(self, rows: int) -> AuxiliaryLogits:
         latest, self._latest = self._latest, None
@@ -378,12 +399,7 @@ def insert_fsr(
     target: str,
     num_classes: int,
     example: Tensor,
-    *,
-    hidden: int = 64,
-    tau: float = 0.1,
-    zero_init: bool = False,
-    lambda_sep: float = 1.0,
-    lambda_rec: float = 1.0,
+    **options: Unpack[LayerOptions],
 ) -> nn.Module:
     """
     Put an :class:`FSRLayer` behind a submodule, in place; the network still returns plain logits.
@@ -396,23 +412,15 @@ def insert_fsr(
         (N, L, C) of a vision transformer.
     :param num_classes: K, at least 2.
     :param example: Images that the network takes, for a dry run that tells C, device and dtype; one is enough.
-    :return: The same network. The other parameters are those of :class:`FSRLayer`.
+    :param options: Of :class:`FSRLayer`.
+    :return: The same network.
     """
     _checks.whole("num_classes", num_classes, least=2, remedy="L_sep needs a wrong class")
 
     def build(features: Features) -> nn.Module:
         if features.num_classes != num_classes:
             raise _checks.refuse("num_classes", str(num_classes), f"{features.num_classes}, the columns of the logits")
-        return FSRLayer(
-            features.channels,
-            num_classes,
-            hidden=hidden,
-            tau=tau,
-            zero_init=zero_init,
-            lambda_sep=lambda_sep,
-            lambda_rec=lambda_rec,
-            tokens=features.tokens,
-        )
+        return FSRLayer(features.channels, num_classes, tokens=features.tokens, **options)
 
     insert_after(model, target, example, "fsr", build)
     return model

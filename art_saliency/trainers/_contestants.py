@@ -33,7 +33,7 @@ from art_saliency.training.loop import Run
 
 __all__ = ["Contestants", "Entry", "Setting"]
 
-_WARM_UPS = ("ramp", "warmup_share", "eps_warmup_share")
+_WARM_UPS = ("ramp", "warmup_share", "eps_warmup_share", "aux_warmup_share")
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def _base_of(entry: Entry) -> str | None:
 
 def _parameters(model: nn.Module, entry: Entry, setting: Setting) -> dict[str, Any]:
     """The common radius and attack steps, and every term at full weight from the first step on."""
-    known = TRAINERS[_base_of(entry) or entry.trainer].parameter_names()
+    known = {name for kind in (entry.trainer, _base_of(entry)) if kind for name in TRAINERS[kind].parameter_names()}
     common = {"max_iter": setting.max_iter, **dict.fromkeys(_WARM_UPS, 0.0)}
     given = {name: value for name, value in common.items() if name in known}
     return {**TRAINERS[entry.trainer].defaults_for(model), "eps": setting.eps, **given, **entry.parameters}

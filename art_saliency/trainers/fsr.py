@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from art.estimators.classification import PyTorchClassifier
@@ -12,14 +12,14 @@ from art_saliency import _checks
 from art_saliency.methods import OBJECTIVES
 from art_saliency.methods.base import Objective
 from art_saliency.methods.baselines import PGDAT
-from art_saliency.methods.fsr import FSRLayer, insert_fsr
+from art_saliency.methods.fsr import FSRLayer, LayerOptions, insert_fsr
 from art_saliency.trainers.base import ObjectiveTrainer
 from art_saliency.trainers.network import check_trainable
 from art_saliency.trainers.options import RunOptions
 
 __all__ = ["FSRTrainer"]
 
-_LAYER = ("hidden", "tau", "zero_init", "lambda_sep", "lambda_rec")
+_LAYER = tuple(get_type_hints(LayerOptions))
 
 
 class FSRTrainer(ObjectiveTrainer):
@@ -35,7 +35,7 @@ class FSRTrainer(ObjectiveTrainer):
         (whose distances are in units of [0, 1]).
     :param hidden: Width of the layer's two networks. :param tau: Temperature of its mask.
     :param zero_init: Whether the layer is the identity at first. :param lambda_sep: Weight of the separation loss.
-    :param lambda_rec: Weight of the recalibration loss.
+    :param lambda_rec: Weight of the recalibration loss. :param aux_warmup_share: The share of the run over which both rise from 0.
     :param parameters: The base method's, by keyword; ``eps`` in units of ``clip_values``.
     """
 
@@ -52,6 +52,7 @@ class FSRTrainer(ObjectiveTrainer):
         zero_init: bool = False,
         lambda_sep: float = 1.0,
         lambda_rec: float = 1.0,
+        aux_warmup_share: float = 0.0,
         **parameters: Any,
     ) -> None:
         self._base = base
@@ -60,25 +61,17 @@ class FSRTrainer(ObjectiveTrainer):
         super().__init__(classifier, **parameters)
         check_trainable(self._network, classifier)
         self.target = target
-        example = torch.rand(2, *classifier.input_shape, device=classifier.device)
-        insert_fsr(
-            classifier.model,
-            target,
-            classifier.nb_classes,
-            example * (self._network.high - self._network.low) + self._network.low,
-            hidden=hidden,
-            tau=tau,
-            zero_init=zero_init,
-            lambda_sep=lambda_sep,
-            lambda_rec=lambda_rec,
-        )
-        self._layer_config = {
+        self._layer_config: LayerOptions = {
             "hidden": hidden,
             "tau": tau,
             "zero_init": zero_init,
             "lambda_sep": lambda_sep,
             "lambda_rec": lambda_rec,
+            "aux_warmup_share": aux_warmup_share,
         }
+        example = torch.rand(2, *classifier.input_shape, device=classifier.device)
+        example = example * (self._network.high - self._network.low) + self._network.low
+        insert_fsr(classifier.model, target, classifier.nb_classes, example, **self._layer_config)
         _add_parameters(classifier)
 
     @classmethod
