@@ -88,6 +88,7 @@ def _noiseless(grid: Grid) -> Prepare:
 _CONTROLS: dict[str, tuple[str, Callable[[Grid], Prepare]]] = {
     "adapter+pgd-at": ("pgd-at", _adapter),
     "adapter+trades": ("trades", _adapter),
+    "adapter+adv-gsct": ("adv-gsct", _adapter),
     "fsr+pgd-at without noise": ("pgd-at", _noiseless),
 }
 
@@ -125,6 +126,7 @@ METHODS = (
 _CONTROL_ARMS = (
     "adapter+pgd-at",
     "fsr+pgd-at:lambda_sep=0.1:lambda_rec=0.1",
+    "fsr+pgd-at:aux_warmup_share=1",
     "fsr+pgd-at:lambda_sep=0:lambda_rec=0",
     "fsr+pgd-at without noise",
     "adv-gsct:consensus=0",
@@ -141,6 +143,8 @@ _CONTROL_ARMS = (
 )
 _COMBINATIONS = (
     "fsr+adv-gsct",
+    "fsr+adv-gsct:lambda_sep=0.1:lambda_rec=0.1",
+    "adapter+adv-gsct",
     "fsr+aalp",
     "pgd-at:ema=0.99:awp=0.005",
     "trades:ema=0.99:awp=0.005",
