@@ -85,11 +85,23 @@ def test_every_arm_of_a_grid_can_be_trained_and_has_a_file_of_its_own(key):
 
 
 def test_claims_name_arms_that_are_run():
-    known = set(grids.GRIDS["digits"].arms)
+    known = {*grids.GRIDS["digits"].arms, *grids.GRIDS["digits-held-out"].arms}
     for claim in CLAIMS.values():
         assert set(claim.arms) <= known
         assert {arm for pair in claim.differences for arm in pair} <= known
-    assert set(HEADLINE) <= known
+    assert set(HEADLINE) <= set(grids.GRIDS["digits"].arms)
+
+
+def test_what_is_tuned_is_judged_on_training_images_that_are_not_trained_on():
+    grid = grids.GRIDS["digits-held-out"]
+    data = running.read_data(grid, None)
+    held_out = running._budget(grid, data, 0).data
+    assert (len(held_out.y_train), len(held_out.y_test)) == (len(data.y_train) - grid.images, grid.images)
+    rows = {image.numpy().tobytes() for image in data.x_train}
+    assert {image.numpy().tobytes() for image in held_out.x_test} <= rows
+    assert not {image.numpy().tobytes() for image in held_out.x_test} & {i.numpy().tobytes() for i in data.x_test}
+    assert torch.equal(torch.cat([held_out.y_train, held_out.y_test]).bincount(), data.y_train.bincount())
+    assert running._budget(grids.GRIDS["digits"], data, 0).data.x_test is data.x_test
 
 
 def test_controls_differ_from_fsr_as_they_say():

@@ -47,10 +47,12 @@ def _point(those: list[dict[str, Any]], *keys: str) -> list[float]:
 
 
 def content(runs: Runs, name: str) -> Any:
-    """:return: All that a figure shows, JSON-able: what its hash is of. A grid with hardly an arm is left out."""
+    """:return: All that a figure shows, JSON-able: what its hash is of. Grids with hardly an arm, or for tuning, are left out."""
     wanted = set(CLAIMS[name].arms) if name in CLAIMS else None
     runs = {
-        g: found for g, found in runs.items() if len(set(found) if wanted is None else wanted & set(found)) >= _LEAST
+        g: found
+        for g, found in runs.items()
+        if not GRIDS[g].held_out and len(set(found) if wanted is None else wanted & set(found)) >= _LEAST
     }
     if name == "cost":
         return _points(runs, ("cost", "passes_per_step"))

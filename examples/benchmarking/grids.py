@@ -42,6 +42,7 @@ class Grid:
     :ivar network: Arguments of ``build_network`` beside the data's own. :ivar train_images: The first so many; ``None`` is all.
     :ivar images: Test images for AutoAttack, the first ones. :ivar arms: What is trained.
     :ivar parameters: Of every method that takes them. :ivar options: Of every run. :ivar seeds: How many, from 0.
+    :ivar held_out: The share of the training images that is judged in place of the test images, on which nothing may be tuned.
     :ivar audited: Test images of the audit, for seed 0. :ivar hidden: Width of the FSR layer and of its control.
     """
 
@@ -57,6 +58,7 @@ class Grid:
     seeds: int
     audited: int
     hidden: int
+    held_out: float = 0.0
     train_images: int | None = None
     augment: str | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
@@ -180,6 +182,27 @@ GRIDS: dict[str, Grid] = {
         seeds=5,
         audited=100,
         hidden=16,
+    ),
+    "digits-held-out": Grid(
+        title="digits, a fifth of the training images held out and judged in place of the test images, Linf 0.2, small CNN of width 16",
+        data="digits",
+        network={"name": "small-cnn", "activation": "relu", "width": 16},
+        eps=0.2,
+        epochs=30,
+        batch_size=128,
+        lr=0.01,
+        images=287,
+        arms=(
+            "pgd-at",
+            "fsr+pgd-at",
+            "fsr+pgd-at:aux_warmup_share=0.5",
+            "fsr+pgd-at:aux_warmup_share=1",
+            "fsr+pgd-at:lambda_sep=0.1:lambda_rec=0.1",
+        ),
+        seeds=3,
+        audited=0,
+        hidden=16,
+        held_out=0.2,
     ),
     "mnist-0.2": Grid(title="MNIST (8,000 training images), Linf 0.2, small CNN of width 16", eps=0.2, **_MNIST),
     "mnist-0.3": Grid(title="MNIST (8,000 training images), Linf 0.3, small CNN of width 16", eps=0.3, **_MNIST),

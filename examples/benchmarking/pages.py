@@ -22,6 +22,7 @@ Runs = dict[str, dict[str, list[dict[str, Any]]]]
 _BEGIN, _END = "<!-- results -->", "<!-- end of results -->"
 _PLACE = re.compile(f"{_BEGIN}(.*?){_END}", re.DOTALL)
 _CARDS = ("adv-gsct", "j-sigr", "aalp", "fsr")
+_RELATED = 8  # arms, from which a correlation over them is worth a word
 _HEADER = ("arm", "seeds", "clean %", "PGD-20 %", "AutoAttack %", "transfer %", "consensus", "passes / step", "audit")
 _NOTE = (
     "Mean and standard deviation over seeds. AutoAttack is version `standard`; *transfer* is the worst of five transferred attacks from a "
@@ -104,7 +105,7 @@ def _section(runs: Runs, grid: str, arms: Sequence[str], pairs: Iterable[tuple[s
     audited = f", audit on {settings.audited}" if settings.audited else ""
     command = f"python examples/benchmark.py run {grid}{'' if settings.data else ' --data FILE'}"
     lines = [
-        f"**{settings.title}**, {shared}, AutoAttack and transfer on {settings.images} test images{audited}; "
+        f"**{settings.title}**, {shared}, AutoAttack and transfer on {settings.images} {'held-out' if settings.held_out else 'test'} images{audited}; "
         f"`{command}` ({count} of {settings.seeds * len(settings.arms)} runs stand):",
         "",
         _table(runs, grid, arms),
@@ -120,9 +121,14 @@ def _section(runs: Runs, grid: str, arms: Sequence[str], pairs: Iterable[tuple[s
     return lines
 
 
+def _final(runs: Runs) -> Runs:
+    """:return: The runs that were judged on test images."""
+    return {grid: found for grid, found in runs.items() if not GRIDS[grid].held_out}
+
+
 def _readme(runs: Runs) -> str:
     lines: list[str] = []
-    for grid in runs:
+    for grid in _final(runs):
         lines += _section(runs, grid, HEADLINE, ())
     lines += [_NOTE, "", "![Robustness against cost](examples/results/figures/cost.png)", ""]
     lines += [
@@ -156,7 +162,7 @@ def _results(runs: Runs) -> str:
     lines += [_NOTE, "", "## Figures", ""]
     for name, words in [("cost", "Robustness against cost"), *((name, claim.title) for name, claim in CLAIMS.items())]:
         lines += [f"![{words}](figures/{name}.png)", ""]
-    lines += ["## Interpretability", "", *_interpretability(runs)]
+    lines += ["## Interpretability", "", *_interpretability(_final(runs))]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -169,10 +175,11 @@ def _interpretability(runs: Runs) -> list[str]:
             for arm, those in found.items()
         ]
         lines += [f"**{GRIDS[grid].title}**", "", markdown_table(("arm", *names), rows), ""]
-        lines += [
-            f"Rank correlation over {len(rows)} arms, of the means over seeds: consensus and AutoAttack accuracy {_relation(found):+.2f}.",
-            "",
-        ]
+        if len(rows) >= _RELATED:
+            lines += [
+                f"Rank correlation over {len(rows)} arms, of the means over seeds: consensus and AutoAttack accuracy {_relation(found):+.2f}.",
+                "",
+            ]
     lines += ["Loss-gradient maps of clean images; consensus is with the maps of their PGD-20 versions.", ""]
     return [
         *lines,
@@ -193,7 +200,7 @@ def _relation(found: dict[str, list[dict[str, Any]]]) -> float:
         )
         for those in found.values()
     ]
-    return float(spearmanr(*zip(*pairs, strict=True)).statistic) if len(pairs) > 2 else float("nan")
+    return float(spearmanr(*zip(*pairs, strict=True)).statistic)
 
 
 def rendered(runs: Runs, root: Path) -> dict[Path, str]:

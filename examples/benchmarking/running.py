@@ -49,7 +49,8 @@ def file_of(folder: Path, grid: str, name: str, seed: int) -> Path:
 
 def settings_of(grid: Grid, entry: Contestant, seed: int) -> dict[str, Any]:
     """:return: All that a run depends on beside versions and hardware, JSON-able: a stored run with other settings is run again."""
-    shared = {k: v for k, v in asdict(grid).items() if k not in ("arms", "title", "seeds", "audited")}
+    left_out = ("arms", "title", "seeds", "audited", *(() if grid.held_out else ("held_out",)))
+    shared = {k: v for k, v in asdict(grid).items() if k not in left_out}
     return json.loads(json.dumps({**shared, "arm": asdict(entry.arm), "seed": seed, "data": grid.data or "a file"}))
 
 
@@ -87,16 +88,19 @@ def run_one(grid_name: str, name: str, seed: int, data: DataSet, out: Path, *, q
 
 
 def _budget(grid: Grid, data: DataSet, seed: int, quiet: bool = True) -> Budget:
+    (x, y), judged = (data.x_train, data.y_train), (data.x_test, data.y_test)
+    if grid.held_out:
+        (x, y), judged = data.split(grid.held_out, seed=0)
     count = grid.train_images
     return Budget(
-        data=replace(data, x_train=data.x_train[:count], y_train=data.y_train[:count]),
+        data=replace(data, x_train=x[:count], y_train=y[:count], x_test=judged[0], y_test=judged[1]),
         spec={},
         network={**grid.network, "num_classes": data.num_classes, "input_shape": list(data.input_shape)},
         threat=ThreatModel("Linf", grid.eps),
         epochs=grid.epochs,
         batch_size=grid.batch_size,
         lr=grid.lr,
-        images=min(grid.images, len(data.x_test)),
+        images=min(grid.images, len(judged[1])),
         seed=seed,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         quiet=quiet,
