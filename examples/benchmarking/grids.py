@@ -153,6 +153,15 @@ _COMBINATIONS = (
     "aalp:ema=0.99:awp=0.005",
     "fsr+pgd-at:ema=0.99:awp=0.005",
 )
+_DIGITS: dict[str, Any] = {
+    "data": "digits",
+    "network": {"name": "small-cnn", "activation": "relu", "width": 16},
+    "eps": 0.2,
+    "epochs": 30,
+    "batch_size": 128,
+    "lr": 0.01,
+    "hidden": 16,
+}
 _MNIST = {
     "data": "",
     "network": {"name": "small-cnn", "activation": "relu", "width": 16},
@@ -171,26 +180,14 @@ _MNIST = {
 GRIDS: dict[str, Grid] = {
     "digits": Grid(
         title="digits, Linf 0.2, small CNN of width 16",
-        data="digits",
-        network={"name": "small-cnn", "activation": "relu", "width": 16},
-        eps=0.2,
-        epochs=30,
-        batch_size=128,
-        lr=0.01,
         images=360,
         arms=(*METHODS, *_CONTROL_ARMS, *_COMBINATIONS),
         seeds=5,
         audited=100,
-        hidden=16,
+        **_DIGITS,
     ),
     "digits-held-out": Grid(
         title="digits, a fifth of the training images held out and judged in place of the test images, Linf 0.2, small CNN of width 16",
-        data="digits",
-        network={"name": "small-cnn", "activation": "relu", "width": 16},
-        eps=0.2,
-        epochs=30,
-        batch_size=128,
-        lr=0.01,
         images=287,
         arms=(
             "pgd-at",
@@ -201,8 +198,8 @@ GRIDS: dict[str, Grid] = {
         ),
         seeds=3,
         audited=0,
-        hidden=16,
         held_out=0.2,
+        **_DIGITS,
     ),
     "mnist-0.2": Grid(title="MNIST (8,000 training images), Linf 0.2, small CNN of width 16", eps=0.2, **_MNIST),
     "mnist-0.3": Grid(title="MNIST (8,000 training images), Linf 0.3, small CNN of width 16", eps=0.3, **_MNIST),
