@@ -139,6 +139,10 @@ WRONG = {
     "file": (["train", "pgd-at", "--eps", "0.1", "--out", "OUT", "--data", "nowhere.npz"], "nowhere.npz"),
     "eps": (["train", "pgd-at", "--eps", "8", "--out", "OUT"], "eps: got 8, expected 0 <= eps <= 1"),
     "setting": (["train", "pgd-at", "--eps", "0.1", "--set", "rho=1", "--out", "OUT"], "unknown keyword 'rho'"),
+    "a layer's setting": (
+        ["train", "fsr", "--eps", "0.1", "--set", "aux_warmup=1", "--out", "OUT"],
+        "did you mean 'aux_warmup_share'",
+    ),
     "pair": (["train", "pgd-at", "--eps", "0.1", "--set", "rho", "--out", "OUT"], "NAME=VALUE"),
     "device": (["train", "pgd-at", "--eps", "0.1", "--device", "gpu", "--out", "OUT"], "auto, cpu, cuda or cuda:N"),
     "augment": (["train", "pgd-at", "--eps", "0.1", "--augment", "crp", "--out", "OUT"], "crop"),

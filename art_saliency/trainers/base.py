@@ -109,7 +109,10 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
 
     @classmethod
     def _build(cls, objective: type[Objective], parameters: dict[str, Any]) -> Objective:
-        _checks.no_unknown(cls.__name__, parameters, objective.parameter_names())
+        known = dict.fromkeys(
+            [*objective.parameter_names(), *cls.parameter_names()]
+        )  # a trainer's own were taken out before
+        _checks.no_unknown(cls.__name__, parameters, known)
         signature = inspect.signature(objective).parameters
         for name in objective.parameter_names():
             if signature[name].default is inspect.Parameter.empty and name not in parameters:
