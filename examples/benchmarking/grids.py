@@ -143,6 +143,7 @@ _CONTROL_ARMS = (
     "aalp:guide=random",
     "alp:clean_weight=0",
 )
+_CONTROL_OF_EACH = ("adapter+pgd-at", "adv-gsct:consensus=0", "pgd-at@silu", "aalp:rate=0")
 _COMBINATIONS = (
     "fsr+adv-gsct",
     "fsr+adv-gsct:lambda_sep=0.1:lambda_rec=0.1",
@@ -164,17 +165,16 @@ _DIGITS: dict[str, Any] = {
 }
 _MNIST = {
     "data": "",
-    "network": {"name": "small-cnn", "activation": "relu", "width": 16},
+    "network": {"name": "mnist-cnn", "activation": "relu", "width": 16},
     "epochs": 6,
     "batch_size": 64,
     "lr": 0.01,
     "images": 100,
-    "arms": (*METHODS, *_CONTROL_ARMS),
     "seeds": 3,
     "audited": 0,
     "hidden": 16,
     "train_images": 8000,
-    "parameters": {"eps_warmup_share": 0.5, "max_iter": 7},
+    "parameters": {"eps_warmup_share": 0.3, "max_iter": 7},
 }
 
 GRIDS: dict[str, Grid] = {
@@ -201,8 +201,18 @@ GRIDS: dict[str, Grid] = {
         held_out=0.2,
         **_DIGITS,
     ),
-    "mnist-0.2": Grid(title="MNIST (8,000 training images), Linf 0.2, small CNN of width 16", eps=0.2, **_MNIST),
-    "mnist-0.3": Grid(title="MNIST (8,000 training images), Linf 0.3, small CNN of width 16", eps=0.3, **_MNIST),
+    "mnist-0.2": Grid(
+        title="MNIST (8,000 training images), Linf 0.2, small CNN of width 16, stride 2",
+        eps=0.2,
+        arms=(*METHODS, *_CONTROL_ARMS),
+        **_MNIST,
+    ),
+    "mnist-0.3": Grid(
+        title="MNIST (8,000 training images), Linf 0.3, small CNN of width 16, stride 2",
+        eps=0.3,
+        arms=(*METHODS, *_CONTROL_OF_EACH),
+        **_MNIST,
+    ),
     "cifar10-jpeg-10k": Grid(
         title="JPEG-75 CIFAR-10, 10,000 training images, Linf 8/255, ResNet-18 of width 16, 5 epochs",
         data="",
