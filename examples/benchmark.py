@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarking.grids import GRIDS, contestant
+from benchmarking.grids import GRIDS
 
 from art_saliency.errors import ArtSaliencyError
 
@@ -26,16 +26,11 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def standing(out: Path, grid: str, name: str, seed: int) -> bool:
-    """Whether the run is there, made with the grid's present settings."""
-    from benchmarking.running import SCHEMA, file_of, settings_of
+    """Whether the run is there, made with the grid's and the method's present settings."""
+    from benchmarking.running import file_of, stands
 
     path = file_of(out, grid, name, seed)
-    if not path.is_file():
-        return False
-    page = json.loads(path.read_text(encoding="utf-8"))
-    return page["schema"] == SCHEMA and page["settings"] == settings_of(
-        GRIDS[grid], contestant(name, GRIDS[grid]), seed
-    )
+    return path.is_file() and stands(json.loads(path.read_text(encoding="utf-8")), seed)
 
 
 def run(args: argparse.Namespace) -> int:

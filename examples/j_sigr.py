@@ -1,7 +1,7 @@
 """J-SIGR: the Jacobian's norm and selective input-gradient regularisation.
 
 python examples/j_sigr.py
-python examples/j_sigr.py --data mnist.npz --eps 0.3 --epochs 10 --device cuda
+python examples/j_sigr.py --data mnist.npz --eps 0.2 --epochs 10 --device cuda
 """
 
 import argparse

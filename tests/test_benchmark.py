@@ -162,6 +162,17 @@ def test_a_run_is_written_left_alone_and_made_anew_when_its_settings_change(tiny
     assert "digits: 2 of 4 runs; next: standard seed 1" in capsys.readouterr().out
     monkeypatch.setitem(grids.GRIDS, "digits", replace(tiny, lr=0.02))
     assert not benchmark.standing(tmp_path, "digits", "standard", 0)
+    monkeypatch.setitem(grids.GRIDS, "digits", tiny)
+    assert benchmark.standing(tmp_path, "digits", "fsr+pgd-at", 0)
+    for name in (
+        "random_start",
+        "lambda_sep",
+    ):  # of the base method and of the layer: what a default was, when it was run
+        page = json.loads(files[0].read_text())
+        page["method"][name] = 0.5
+        assert not running.stands(page, 0)
+        del page["method"][name]
+        assert running.stands(page, 0)
     page = json.loads(files[0].read_text())
     assert page["method"]["hidden"] == 4
     assert page["mask_share_inside"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -16,7 +17,15 @@ from art_saliency.augmentation import Augmentation
 from art_saliency.errors import CheckpointError, InputError, UnsupportedModelError
 from art_saliency.gradients import input_gradient, jacobian_frobenius, unit_directions
 from art_saliency.methods.base import Batch
-from art_saliency.methods.j_sigr import JSIGR, dual_norm, margin_directions, selective_penalty, squared_norm
+from art_saliency.methods.j_sigr import (
+    JACOBIAN,
+    JSIGR,
+    LINEARISE_AT,
+    dual_norm,
+    margin_directions,
+    selective_penalty,
+    squared_norm,
+)
 from art_saliency.perturbation_saliency import (
     blurred,
     gaussian_kernel,
@@ -29,7 +38,18 @@ from art_saliency.randomness import RandomSource
 from art_saliency.threat import ThreatModel
 from tests.references import j_sigr_reference as reference
 
-KINDS = [("squared", "sphere"), ("squared", "margin"), ("dual", "margin")]
+KINDS = [
+    ("squared", "sphere", "added"),
+    ("squared", "margin", "added"),
+    ("dual", "margin", "added"),
+    ("squared", "margin", "in-margin"),
+    ("dual", "margin", "in-margin"),
+]
+
+
+def at_image(**options):
+    """Linearised at the image itself: what most references here are written for."""
+    return JSIGR(linearise_at="image", **options)
 
 
 def smooth_network(channels=1, classes=4, shape=(5, 6)):
@@ -66,14 +86,20 @@ def weight_gradients(loss, model):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize(("penalty", "directions"), KINDS)
+@pytest.mark.parametrize(("penalty", "directions", "jacobian"), KINDS)
 @pytest.mark.parametrize("on", ["jacobian", "selective", "both"])
 @pytest.mark.parametrize("selective_on", ["loss", "logit"])
-def test_loss_and_weight_gradient_equal_the_slow_oracle(channels, penalty, directions, on, selective_on):
+def test_loss_and_weight_gradient_equal_the_slow_oracle(channels, penalty, directions, jacobian, on, selective_on):
     weights = {"lambda_j": 0.0 if on == "selective" else 0.7, "lambda_s": 0.0 if on == "jacobian" else 0.4}
     model, data = smooth_network(channels), batch(channels)
-    choices = {"penalty": penalty, "directions": directions, "selective_on": selective_on, "eps": 0.2}
-    result = JSIGR(projections=None, **weights, **choices)(model, data)
+    choices = {
+        "penalty": penalty,
+        "directions": directions,
+        "jacobian": jacobian,
+        "selective_on": selective_on,
+        "eps": 0.2,
+    }
+    result = at_image(projections=None, **weights, **choices)(model, data)
     expected = reference.loss(model, data.x, data.y, data.maps, **weights, **choices)
     torch.testing.assert_close(result.loss, expected, atol=1e-11, rtol=1e-9)
     torch.testing.assert_close(
@@ -83,9 +109,12 @@ def test_loss_and_weight_gradient_equal_the_slow_oracle(channels, penalty, direc
 
 def test_weight_gradient_equals_a_finite_difference_of_the_loss_value():
     data = batch()
-    for form in ("double-backward", "finite-difference"):
+    cases = product(("double-backward", "finite-difference"), JACOBIAN, LINEARISE_AT)
+    for form, jacobian, point in cases:
         model = smooth_network()
-        objective = JSIGR(eps=0.2, lambda_j=0.7, lambda_s=0.4, penalty="squared", form=form, h=1e-4)
+        objective = JSIGR(
+            eps=0.2, lambda_j=0.7, lambda_s=0.4, penalty="squared", form=form, h=1e-4, jacobian=jacobian, linearise_at=point
+        )  # fmt: skip
 
         def value(model=model, objective=objective):
             data.random = RandomSource(5)
@@ -103,16 +132,16 @@ def test_weight_gradient_equals_a_finite_difference_of_the_loss_value():
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
-@pytest.mark.parametrize(("penalty", "directions"), [*KINDS, ("dual", "sphere")])
+@pytest.mark.parametrize(("penalty", "directions", "jacobian"), [*KINDS, ("dual", "sphere", "added")])
 @pytest.mark.parametrize("selective_on", ["loss", "logit"])
 def test_finite_difference_form_has_the_value_and_gradient_of_the_double_backward(
-    norm, penalty, directions, selective_on
+    norm, penalty, directions, jacobian, selective_on
 ):
     model, results = smooth_network(), {}
     for form in ("double-backward", "finite-difference"):
         objective = JSIGR(
-            eps=0.2, norm=norm, penalty=penalty, directions=directions, selective_on=selective_on, form=form, h=1e-6,
-            lambda_j=0.7, lambda_s=0.4, projections=2,
+            eps=0.2, norm=norm, penalty=penalty, directions=directions, jacobian=jacobian, selective_on=selective_on, form=form,
+            h=1e-6, lambda_j=0.7, lambda_s=0.4, projections=2,
         )  # fmt: skip
         results[form] = objective(model, batch())
     exact, difference = results["double-backward"], results["finite-difference"]
@@ -125,7 +154,7 @@ def test_finite_difference_form_has_the_value_and_gradient_of_the_double_backwar
 
 def test_zero_weights_are_plain_cross_entropy():
     model, data = smooth_network(), batch()
-    for objective in (JSIGR(eps=0.2, lambda_j=0.0, lambda_s=0.0), JSIGR(eps=0.2, warmup_share=0.5)):
+    for objective in (at_image(eps=0.2, lambda_j=0.0, lambda_s=0.0), at_image(eps=0.2, warmup_share=0.5)):
         data.progress = 0.0  # the second's weights have not begun to rise
         result = objective(model, data)
         plain = F.cross_entropy(model(data.x), data.y)
@@ -134,16 +163,54 @@ def test_zero_weights_are_plain_cross_entropy():
 
 
 def test_during_warm_up_both_weights_rise_linearly():
-    model, objective = smooth_network(), JSIGR(eps=0.2, warmup_share=0.4)
+    model, objective = smooth_network(), at_image(eps=0.2, warmup_share=0.4, jacobian="added")
     at = {p: float(objective(model, batch(progress=p)).loss.detach()) for p in (0.0, 0.1, 0.4, 1.0)}
     assert at[0.1] - at[0.0] == pytest.approx((at[0.4] - at[0.0]) / 4)
     assert at[0.4] == pytest.approx(at[1.0])
     assert at[1.0] > at[0.0] + 1e-4
 
 
+def test_the_loss_of_a_random_point_is_that_of_an_image_there():
+    model = smooth_network()
+    for norm, length in (("Linf", lambda d: d.abs().amax((1, 2, 3))), ("L2", lambda d: d.flatten(1).norm(dim=1))):
+        data, there = batch(), batch()
+        there.x = ThreatModel(norm, 0.2).random_start(data.x, RandomSource(0))
+        moved = length(there.x - data.x)
+        assert bool((moved > 0.01).all())
+        assert bool((moved <= 0.2 + 1e-12).all())
+        options = {
+            "eps": 0.2,
+            "norm": norm,
+            "projections": None,
+        }  # no wrong class is drawn: the point is all that is random
+        ours, expected = JSIGR(**options)(model, data), at_image(**options)(model, there)
+        torch.testing.assert_close(ours.loss, expected.loss)
+        torch.testing.assert_close(ours.logits, model(there.x))
+        assert abs(float((ours.loss - at_image(**options)(model, batch()).loss).detach())) > 1e-4
+
+
+def test_in_the_margin_a_linear_network_is_trained_on_its_worst_case():
+    torch.manual_seed(0)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(30, 2)).double()  # of two classes there is one wrong one
+    data = batch(classes=2, maps=False)
+    ours = at_image(eps=0.2, lambda_j=1.0, lambda_s=0.0)(linear, data).loss
+    x = data.x.clone().requires_grad_(True)
+    gradient = input_gradient(F.cross_entropy(linear(x), data.y, reduction="sum"), x)
+    worst = F.cross_entropy(linear(data.x + 0.2 * gradient.sign()), data.y)
+    torch.testing.assert_close(ours, worst)
+    torch.testing.assert_close(weight_gradients(ours, linear), weight_gradients(worst, linear))
+
+
+def test_each_form_has_a_weight_of_its_own():
+    assert JSIGR(eps=0.1).lambda_j == 1
+    assert JSIGR(eps=0.1, jacobian="added").lambda_j == 0.25
+    assert JSIGR(eps=0.1, jacobian="added", lambda_j=0.5).lambda_j == 0.5
+    assert JSIGR(eps=0.1, lambda_j=0).lambda_j == 0
+
+
 def test_everything_salient_costs_nothing_and_nothing_salient_is_double_backpropagation():
     model, data = smooth_network(), batch()
-    objective = JSIGR(penalty="squared", lambda_j=0.0, lambda_s=0.8)
+    objective = at_image(penalty="squared", lambda_j=0.0, lambda_s=0.8)
     data.maps = torch.ones_like(data.x)
     free = objective(model, data)
     assert float(free.terms["selective"]) == 0
@@ -175,7 +242,7 @@ def test_one_forward_pass_serves_all_terms_and_it_alone_moves_batch_statistics()
         torch.manual_seed(0)
         layers = [nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.SiLU(), nn.Flatten(), nn.Linear(120, 4)]
         model = CountedNetwork(nn.Sequential(*layers)).double().train()
-        result = JSIGR(eps=0.2, **options)(model, batch(count=8))
+        result = at_image(eps=0.2, **options)(model, batch(count=8))
         return model, result
 
     model, result = run()
@@ -202,7 +269,7 @@ def test_lambda_s_zero_asks_for_no_maps_and_no_second_gradient():
 
 def test_a_step_does_not_depend_on_how_the_batch_is_cut():
     model, data = smooth_network(), batch(count=6)
-    objective = JSIGR(eps=0.2, projections=None)
+    objective = at_image(eps=0.2, projections=None)
     whole = objective(model, data)
     parts = []
     for k in (0, 2, 4):
@@ -214,7 +281,7 @@ def test_a_step_does_not_depend_on_how_the_batch_is_cut():
 
 def test_logged_gradient_norms_split_the_gradient_by_the_mask():
     model, data = smooth_network(), batch()
-    terms = JSIGR(eps=0.2)(model, data).terms
+    terms = at_image(eps=0.2)(model, data).terms
     x = data.x.clone().requires_grad_(True)
     g = input_gradient(F.cross_entropy(model(x), data.y, reduction="sum"), x)
     assert float(terms["gradient_salient"]) == pytest.approx(float((data.maps * g).flatten(1).norm(dim=1).mean()))
@@ -229,12 +296,18 @@ def test_dead_networks_give_finite_gradients_and_bad_requests_are_refused():
         for form in ("double-backward", "finite-difference"):
             loss = JSIGR(eps=0.2, norm=norm, form=form)(dead, batch()).loss
             assert torch.isfinite(weight_gradients(loss, dead)).all()
-    with pytest.raises(InputError, match="eps: got None"):
-        JSIGR()
-    with pytest.raises(InputError, match="norm: got 'l1'"):
-        JSIGR(penalty="squared", norm="l1")
-    with pytest.raises(InputError, match="projections"):
-        JSIGR(eps=0.1, directions="sphere", projections=None)
+    for options, expected in (
+        ({}, "eps: got None, expected a radius, which weighs"),
+        ({"penalty": "squared"}, "eps: got None, expected a radius, within"),
+        ({"penalty": "squared", "linearise_at": "image", "norm": "l1"}, "norm: got 'l1'"),
+        ({"eps": 0.1, "directions": "sphere"}, "directions: got 'sphere', which has no margin"),
+        ({"eps": 0.1, "directions": "sphere", "jacobian": "added", "projections": None}, "projections"),
+        ({"eps": 0.1, "jacobian": "inside"}, "jacobian: got 'inside'"),
+        ({"eps": 0.1, "linearise_at": "corner"}, "linearise_at: got 'corner'"),
+        ({"eps": 0.1, "lambda_j": -1.0}, "lambda_j: got -1, expected 0"),
+    ):
+        with pytest.raises(InputError, match=expected):
+            JSIGR(**options)
     data = batch()
     data.maps = data.maps[:, :, :2]
     with pytest.raises(InputError, match="maps: got shape"):
@@ -247,9 +320,9 @@ def test_dead_networks_give_finite_gradients_and_bad_requests_are_refused():
 def test_penalties_stay_in_full_precision_under_autocast():
     model, data = smooth_network().float(), batch()
     data.x, data.maps = data.x.float(), data.maps.float()
-    exact = JSIGR(eps=0.2, projections=None)(model, data)
+    exact = at_image(eps=0.2, projections=None)(model, data)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = JSIGR(eps=0.2, projections=None)(model, data)
+        cast = at_image(eps=0.2, projections=None)(model, data)
     torch.testing.assert_close(cast.loss, exact.loss)
     torch.testing.assert_close(weight_gradients(cast.loss, model), weight_gradients(exact.loss, model))
 
@@ -466,7 +539,7 @@ def test_without_maps_the_teacher_explains_and_without_a_teacher_the_network_its
     model, other = smooth_network(), smooth_network()
     nn.init.normal_(other[0].weight)
     for teacher in (None, other):
-        objective = JSIGR(eps=0.2, lambda_j=0.0, teacher=teacher)
+        objective = at_image(eps=0.2, lambda_j=0.0, teacher=teacher)
         data = batch(maps=False)
         on_the_fly = objective(model, data)
         scores = objective.compute_maps(model if teacher is None else teacher, data.x)
@@ -539,7 +612,7 @@ def _digits():
     return x[300:], y[300:], x[:300], y[:300]
 
 
-def _trained(objective, x, y, seed, maps=None, steps=300):
+def _trained(objective, x, y, seed, maps=None, steps=600):
     """The plainest of loops."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 96), nn.SiLU(), nn.Linear(96, 96), nn.SiLU(), nn.Linear(96, 10))

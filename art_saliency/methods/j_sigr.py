@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +35,9 @@ from art_saliency.threat import NORMS, ThreatModel
 
 __all__ = [
     "DIRECTIONS",
+    "JACOBIAN",
     "JSIGR",
+    "LINEARISE_AT",
     "PENALTIES",
     "SELECTIVE_SCORES",
     "dual_norm",
@@ -114,6 +115,68 @@ DIRECTIONS: dict[str, Callable[[Tensor, Tensor, int | None, RandomSource | None]
 }
 """Which directions of logit space: (logits, y, projections, random) -> pairs of direction and weight."""
 
+# --- where gradients are taken ----------------------------------------------------------------------------------------
+
+
+def random_point(x: Tensor, threat: ThreatModel, random: RandomSource | None) -> Tensor:
+    """:return: A random point of the ball, no adversarial example: a gradient there tells of the ball, not of its centre alone."""
+    return threat.random_start(x, random)
+
+
+def image_itself(x: Tensor, threat: ThreatModel, random: RandomSource | None) -> Tensor:
+    """:return: `x`."""
+    return x
+
+
+LINEARISE_AT: dict[str, Callable[[Tensor, ThreatModel, RandomSource | None], Tensor]] = {
+    "random-point": random_point,
+    "image": image_itself,
+}
+"""Where the network is linearised: (x, threat, random) -> x0."""
+
+# --- how the Jacobian's norm enters the loss --------------------------------------------------------------------------
+
+Sizes = list[tuple[Tensor, "Tensor | float", Tensor]]
+"""Direction w (N, K), its weight, and the size (N,) of J^T w, in the graph."""
+
+
+def margin_cross_entropy(logits: Tensor, y: Tensor, sizes: Sizes, weight: float) -> Tensor:
+    """
+    "Linearized robustness": the cross-entropy after an attack has taken `weight` |J^T (e_y - e_k)| from the margin to class k.
+
+    With the dual norm and `weight` 1 that is the most that an attack can take, to first order. Unlike a sum, it asks nothing more of
+    an image whose margin is wide enough.
+
+    :param logits: (N, K). :param y: (N,). :param sizes: Along :func:`margin_directions`.
+    :return: (N,): sum_k q_k CE(z + weight |J^T (e_y - e_k)| e_k, y), or its estimate by the drawn k.
+    """
+    return torch.stack(
+        [share * cross_entropy(logits + weight * size[:, None] * F.relu(-w), y) for w, share, size in sizes]
+    ).sum(0)
+
+
+def added_norm(logits: Tensor, y: Tensor, sizes: Sizes, weight: float) -> Tensor:
+    """:return: (N,) CE + weight |J|, |J| the weighted sum of the sizes."""
+    return cross_entropy(logits, y) + weight * _total(sizes)
+
+
+def _total(sizes: Sizes) -> Tensor:
+    return torch.stack([share * size for _, share, size in sizes]).sum(0)
+
+
+class JacobianForm(NamedTuple):
+    """A way into the loss, (logits, y, sizes, weight) -> (N,), and the weight that suits it."""
+
+    loss: Callable[[Tensor, Tensor, Sizes, float], Tensor]
+    lambda_j: float
+
+
+JACOBIAN: dict[str, JacobianForm] = {
+    "in-margin": JacobianForm(margin_cross_entropy, 1.0),
+    "added": JacobianForm(added_norm, 0.25),
+}
+"""By name."""
+
 # --- the selective term -----------------------------------------------------------------------------------------------
 
 
@@ -138,21 +201,36 @@ def selective_penalty(g: Tensor, S: Tensor, size: Callable[[Tensor], Tensor] = s
     return size((1 - S.detach()) * g)
 
 
+class _Linearised(NamedTuple):
+    """Logits as the network returned them, the same in full precision, the Jacobian's sizes, the selective sizes (N,), and g."""
+
+    logits: Tensor
+    z: Tensor
+    sizes: Sizes
+    selective: Tensor | None
+    g: Tensor | None
+
+
 class JSIGR(Objective):
     """
-    J-SIGR, reconstructed: L = mean_i [ CE(z_i, y_i) + lambda_j |J_i| + lambda_s |M_i * g_i| ]. No adversarial examples.
+    J-SIGR, reconstructed: L = mean_i [ CE(z_i + lambda_j |J_i| e_k, y_i) + lambda_s |M_i * g_i| ]. No adversarial examples.
 
-    J = dz/dx is the Jacobian of the logits, g the input gradient, M = 1 - S the pixels that perturbation saliency leaves out.
-    |.| is the size of a gradient, see `penalty`.
+    J = dz/dx is the Jacobian of the logits at a random point of the ball, |J| the size of its row e_y - e_k, k a wrong class, which
+    the cross-entropy has taken from the margin; g is the input gradient there, M = 1 - S the pixels that perturbation saliency leaves
+    out. |.| is the size of a gradient, see `penalty`.
 
-    :param eps: Radius of the threat model, in pixel units: checkpoints are selected at it, and ``penalty="dual"`` weighs by it.
+    :param eps: Radius of the threat model, in pixel units: checkpoints are selected at it, ``penalty="dual"`` weighs by it, and
+        ``linearise_at="random-point"`` draws within it.
     :param norm: ``"Linf"`` or ``"L2"``.
-    :param lambda_j: Weight of the Jacobian's norm, at least 0; 0 leaves the term and its cost out.
+    :param lambda_j: Weight of the Jacobian's norm, at least 0; 0 leaves the term and its cost out. ``None`` takes 1 in the margin, the
+        bound to first order (more allows for curvature), and 0.25 beside it.
     :param lambda_s: Weight of the selective term, at least 0; 0 leaves the term, its maps and its cost out.
     :param penalty: ``"dual"``: eps times the dual norm (L1 for Linf), the first-order effect of the worst perturbation.
         ``"squared"``: half the squared L2 norm, as in double backpropagation.
     :param directions: What the Jacobian is projected on: ``"margin"``, true class against a drawn wrong one;
         ``"sphere"``, a random direction of all logits: with ``penalty="squared"`` that estimates ||J||_F^2 / 2.
+    :param jacobian: ``"in-margin"``: CE(z + lambda_j |J| e_k), for margin directions; ``"added"``: CE + lambda_j |J|.
+    :param linearise_at: Where logits and gradients are taken: ``"random-point"`` of the ball, or the ``"image"`` itself.
     :param projections: Directions a sample and step, at least 1; ``None`` takes all K.
     :param selective_on: What g is the gradient of: ``"loss"`` or the true class's ``"logit"``.
     :param saliency_share: The share of the pixels that is salient and left free, 0 to 1.
@@ -179,10 +257,12 @@ class JSIGR(Objective):
         *,
         eps: float | None = None,
         norm: str = "Linf",
-        lambda_j: float = 0.25,
+        lambda_j: float | None = None,
         lambda_s: float = 0.25,
         penalty: str = "dual",
         directions: str = "margin",
+        jacobian: str = "in-margin",
+        linearise_at: str = "random-point",
         projections: int | None = 1,
         selective_on: str = "loss",
         saliency_share: float = 0.3,
@@ -198,12 +278,19 @@ class JSIGR(Objective):
         super().__init__()
         self.threat = None if eps is None else ThreatModel(norm, eps)
         self.eps, self.norm = None if self.threat is None else self.threat.eps, _checks.one_of("norm", norm, NORMS)
-        self.lambda_j = _checks.real("lambda_j", lambda_j, least=0)
+        self.jacobian = _checks.one_of("jacobian", jacobian, JACOBIAN)
+        self.lambda_j = JACOBIAN[jacobian].lambda_j if lambda_j is None else _checks.real("lambda_j", lambda_j, least=0)
         self.lambda_s = _checks.real("lambda_s", lambda_s, least=0)
         self.penalty = _checks.one_of("penalty", penalty, PENALTIES)
         if penalty == "dual" and eps is None:
             raise _checks.refuse("eps", None, "a radius, which weighs the dual norm", "or say penalty='squared'")
+        self.linearise_at = _checks.one_of("linearise_at", linearise_at, LINEARISE_AT)
+        if linearise_at != "image" and eps is None:
+            raise _checks.refuse("eps", None, "a radius, within which a point is drawn", "or say linearise_at='image'")
         self.directions = _checks.one_of("directions", directions, DIRECTIONS)
+        if jacobian == "in-margin" and directions != "margin":
+            got = f"{directions!r}, which has no margin"
+            raise _checks.refuse("directions", got, "'margin'", "or say jacobian='added'")
         self.projections = None if projections is None else _checks.whole("projections", projections, least=1)
         if projections is None and directions == "sphere" and penalty == "dual":
             remedy = "say penalty='squared' or directions='margin'"
@@ -297,95 +384,105 @@ class JSIGR(Objective):
     def forward(self, model: nn.Module, batch: Batch) -> LossTerms:
         """
         See :class:`Objective`. Terms: ce, logit_norm; jacobian with `lambda_j`; selective, gradient_salient and gradient_other
-        (mean L2 norms of g inside and outside S) with `lambda_s`.
+        (mean L2 norms of g inside and outside S) with `lambda_s`. Logits and terms are those of the point of `linearise_at`.
         """
+        x = LINEARISE_AT[self.linearise_at](batch.x, self._threat, batch.random)
         if not (self.lambda_j or self.lambda_s):
-            return self._assembled(model(batch.x), batch, {}, {})
+            logits = model(x)
+            return self._assembled(logits, full_precision(logits), batch, [], None, {})
         salient = self._salient(model, batch) if self.lambda_s else None
         step = self._double_backward if self.form == "double-backward" else self._finite_difference
         # Second derivatives, and differences of logits, drown in the rounding of half precision.
         with torch.autocast(batch.x.device.type, enabled=False):
-            logits, parts, g = step(model, batch, salient)
+            logits, z, sizes, selective, g = step(model, x, batch, salient)
             figures = {}
             if g is not None and salient is not None:
                 inside, outside = salient * g.detach(), (1 - salient) * g.detach()
                 figures = {"gradient_salient": _mean_length(inside), "gradient_other": _mean_length(outside)}
-            return self._assembled(logits, batch, parts, figures)
+            return self._assembled(logits, z, batch, sizes, selective, figures)
 
     def _assembled(
-        self, logits: Tensor, batch: Batch, parts: dict[str, Tensor], figures: dict[str, Tensor]
+        self,
+        logits: Tensor,
+        z: Tensor,
+        batch: Batch,
+        sizes: Sizes,
+        selective: Tensor | None,
+        figures: dict[str, Tensor],
     ) -> LossTerms:
-        ce = cross_entropy(full_precision(logits), batch.y).mean()
-        factor = warmup(batch.progress, self.warmup_share)
-        weights = {"jacobian": self.lambda_j, "selective": self.lambda_s}
-        loss = ce + sum(factor * weights[name] * part for name, part in parts.items())
-        terms = {"ce": ce, **parts, **figures, "logit_norm": _mean_length(full_precision(logits))}
+        factor, parts = warmup(batch.progress, self.warmup_share), {}
+        ce = cross_entropy(z, batch.y).mean()
+        loss = ce
+        if sizes:
+            loss = JACOBIAN[self.jacobian].loss(z, batch.y, sizes, factor * self.lambda_j).mean()
+            parts["jacobian"] = _total(sizes).mean()
+        if selective is not None:
+            parts["selective"] = selective.mean()
+            loss = loss + factor * self.lambda_s * parts["selective"]
+        terms = {"ce": ce, **parts, **figures, "logit_norm": _mean_length(z)}
         return LossTerms(loss, logits, {name: value.detach() for name, value in terms.items()})
 
+    @property
+    def _threat(self) -> ThreatModel:
+        # Without a radius there is neither a ball to draw in nor a dual norm: nothing reads this one's.
+        return self.threat or ThreatModel(self.norm, 0.0)
+
     def _size(self, rows: Tensor) -> Tensor:
-        # Without a radius the penalty is the squared norm, which reads none.
-        return PENALTIES[self.penalty](rows, self.threat or ThreatModel(self.norm, 0.0))
+        return PENALTIES[self.penalty](rows, self._threat)
 
     def _directions(self, logits: Tensor, batch: Batch) -> Directions:
         detached = full_precision(logits).detach()
         return DIRECTIONS[self.directions](detached, batch.y, self.projections, batch.random)
 
-    def _double_backward(
-        self, model: nn.Module, batch: Batch, salient: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """One forward pass for the cross-entropy, J and g. :return: Its logits, the terms, and g."""
-        x = batch.x.detach().requires_grad_(True)
+    def _double_backward(self, model: nn.Module, point: Tensor, batch: Batch, salient: Tensor | None) -> _Linearised:
+        """One forward pass for the cross-entropy, J and g."""
+        x = point.detach().requires_grad_(True)
         logits = model(x)
-        z, parts, g = full_precision(logits), {}, None
+        z, sizes, selective, g = full_precision(logits), [], None, None
         if self.lambda_j:
             # "Linearized robustness through Jacobian normalization".
             sizes = [
-                weight * self._size(jacobian_projection(z, x, w, create_graph=True))
+                (w, weight, self._size(jacobian_projection(z, x, w, create_graph=True)))
                 for w, weight in self._directions(z, batch)
             ]
-            parts["jacobian"] = torch.stack(sizes).sum(0).mean()
         if salient is not None:
             # "Regularizes the perturbation-based saliency maps to imitate the model's interpretable predictions".
             g = input_gradient(SELECTIVE_SCORES[self.selective_on](z, batch.y).sum(), x, create_graph=True)
-            parts["selective"] = selective_penalty(g, salient, self._size).mean()
-        return logits, parts, g
+            selective = selective_penalty(g, salient, self._size)
+        return _Linearised(logits, z, sizes, selective, g)
 
-    def _finite_difference(
-        self, model: nn.Module, batch: Batch, salient: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+    def _finite_difference(self, model: nn.Module, point: Tensor, batch: Batch, salient: Tensor | None) -> _Linearised:
         """
         The same terms from differences along the detached steepest directions (Finlay and Oberman 2019): no double backward.
 
         The shifted passes are side passes: what hangs on a forward pass (BatchNorm's statistics, auxiliary losses) hangs on the
-        clean one, whose logits are returned.
+        one whose logits are returned.
         """
         refuse_dropout(model)
-        x, g = batch.x.detach().requires_grad_(True), None
-        differences: list[tuple[str, Tensor | float, Callable[[Tensor], Tensor], Tensor]] = []
+        x = point.detach().requires_grad_(True)
         logits = model(x)
-        z = full_precision(logits)
+        z, sizes, selective, g = full_precision(logits), [], None, None
         with side_pass(model):
             if self.lambda_j:
                 for w, weight in self._directions(z, batch):
                     rows = jacobian_projection(z, x, w, retain_graph=True)
-                    moved = self._shifted_logits(model, batch.x, rows)
-                    differences.append(("jacobian", weight, partial(_along, w), moved))
+                    moved = self._shifted_logits(model, x, rows)
+                    sizes.append((w, weight, self._slope(_along(w, moved) - _along(w, z))))
             if salient is not None:
                 on = SELECTIVE_SCORES[self.selective_on]
                 g = input_gradient(on(z, batch.y).sum(), x, retain_graph=True)
-                moved = self._shifted_logits(model, batch.x, (1 - salient) * g)
-                differences.append(("selective", 1.0, lambda logits: on(logits, batch.y), moved))
-        parts: dict[str, Tensor] = {}
-        for name, weight, score, moved in differences:
-            # A slope along the steepest direction is the (dual) length of the gradient: its size is that of a 1-pixel gradient.
-            slope = (score(moved) - score(z)) / self.h
-            size = (weight * self._size(slope[:, None])).mean()
-            parts[name] = parts[name] + size if name in parts else size
-        return logits, parts, g
+                moved = self._shifted_logits(model, x, (1 - salient) * g)
+                selective = self._slope(on(moved, batch.y) - on(z, batch.y))
+        return _Linearised(logits, z, sizes, selective, g)
+
+    def _slope(self, difference: Tensor) -> Tensor:
+        """:return: (N,) sizes: a slope along the steepest direction is the (dual) length of the gradient, as of one of one pixel."""
+        return self._size((difference / self.h)[:, None])
 
     def _shifted_logits(self, model: nn.Module, x: Tensor, rows: Tensor) -> Tensor:
         """:return: (N, K) logits at a distance `h` along the direction in which a function of gradient `rows` rises most."""
         ball = ThreatModel(self.norm if self.penalty == "dual" else "L2", self.h)
+        x = x.detach()
         return full_precision(model(x + self.h * ball.ascent_direction(rows.detach())))
 
     # --- evaluation ---------------------------------------------------------------------------------------------------

@@ -125,10 +125,10 @@ METHODS = (
     "fsr+pgd-at",
     "fsr+trades",
 )
+_FSR_WEAKER = ("fsr+pgd-at:lambda_sep=0.1:lambda_rec=0.1", "fsr+pgd-at:aux_warmup_share=1")
 _CONTROL_ARMS = (
     "adapter+pgd-at",
-    "fsr+pgd-at:lambda_sep=0.1:lambda_rec=0.1",
-    "fsr+pgd-at:aux_warmup_share=1",
+    *_FSR_WEAKER,
     "fsr+pgd-at:lambda_sep=0:lambda_rec=0",
     "fsr+pgd-at without noise",
     "adv-gsct:consensus=0",
@@ -137,6 +137,9 @@ _CONTROL_ARMS = (
     "adv-gsct:form=finite-difference:consensus=0.1",
     "j-sigr",
     "j-sigr:lambda_s=0@silu",
+    "j-sigr:lambda_j=2@silu",
+    "j-sigr:linearise_at=image@silu",
+    "j-sigr:jacobian=added:linearise_at=image@silu",
     "pgd-at@silu",
     "aalp:rate=0",
     "aalp:weighting=constant",
@@ -195,6 +198,15 @@ GRIDS: dict[str, Grid] = {
             "fsr+pgd-at:aux_warmup_share=0.5",
             "fsr+pgd-at:aux_warmup_share=1",
             "fsr+pgd-at:lambda_sep=0.1:lambda_rec=0.1",
+            "j-sigr@silu",
+            "j-sigr:lambda_s=0@silu",
+            "j-sigr:lambda_j=2@silu",
+            "j-sigr:lambda_j=3@silu",
+            "j-sigr:linearise_at=image@silu",
+            "j-sigr:jacobian=added@silu",
+            "j-sigr:jacobian=added:linearise_at=image@silu",
+            "j-sigr:jacobian=added:linearise_at=image:lambda_j=0.5@silu",
+            "j-sigr:jacobian=added:linearise_at=image:directions=sphere:lambda_j=0.3@silu",
         ),
         seeds=3,
         audited=0,
@@ -204,7 +216,7 @@ GRIDS: dict[str, Grid] = {
     "mnist-0.2": Grid(
         title="MNIST (8,000 training images), Linf 0.2, small CNN of width 16, stride 2",
         eps=0.2,
-        arms=(*METHODS, *_CONTROL_ARMS),
+        arms=(*METHODS, *_CONTROL_OF_EACH, *_FSR_WEAKER, "j-sigr:lambda_j=2@silu"),
         **_MNIST,
     ),
     "mnist-0.3": Grid(

@@ -9,6 +9,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,15 @@ from art_saliency.evaluation.saliency_maps import named_maps
 from art_saliency.evaluation.summary import summarise
 from art_saliency.evaluation.transfer import transfer
 from art_saliency.files import write_file
+from art_saliency.methods import OBJECTIVES
 from art_saliency.methods.fsr import FSRLayer, mask_share_inside
 from art_saliency.randomness import RandomSource
 from art_saliency.threat import ThreatModel
+from art_saliency.trainers.methods import TRAINERS
 from art_saliency.training.records import versions
 from benchmarking.grids import GRIDS, Contestant, Grid, contestant
 
-__all__ = ["SCHEMA", "file_of", "run_one", "settings_of"]
+__all__ = ["SCHEMA", "file_of", "method_of", "run_one", "settings_of", "stands"]
 
 SCHEMA = 1
 _EXPLAINED = 100
@@ -52,6 +55,26 @@ def settings_of(grid: Grid, entry: Contestant, seed: int) -> dict[str, Any]:
     left_out = ("arms", "title", "seeds", "audited", *(() if grid.held_out else ("held_out",)))
     shared = {k: v for k, v in asdict(grid).items() if k not in left_out}
     return json.loads(json.dumps({**shared, "arm": asdict(entry.arm), "seed": seed, "data": grid.data or "a file"}))
+
+
+def method_of(grid: Grid, entry: Contestant) -> dict[str, Any]:
+    """:return: What the arm's method is set to now, defaults included, JSON-able: a stored run whose method is set otherwise is run again."""
+    given = {**entry.arm.parameters, "eps": grid.eps, "norm": "Linf"}
+    objective = OBJECTIVES[given.get("base", entry.arm.trainer)]
+    made = objective(**{name: value for name, value in given.items() if name in objective.parameter_names()})
+    own = signature(TRAINERS[entry.arm.trainer]).parameters.values()
+    layer = {p.name: given.get(p.name, p.default) for p in own if isinstance(p.default, (bool, int, float))}
+    return json.loads(json.dumps({**layer, **made.config()}))
+
+
+def stands(page: Mapping[str, Any], seed: int) -> bool:
+    """:return: Whether a stored run is one of its grid as grid and methods are now."""
+    grid = GRIDS[page["grid"]]
+    entry = contestant(page["arm"], grid)
+    if page["schema"] != SCHEMA or page["settings"] != settings_of(grid, entry, seed):
+        return False
+    # A parameter that is newer than the run does at its default what was done before there was one.
+    return all(page["method"].get(name, value) == value for name, value in method_of(grid, entry).items())
 
 
 def run_one(grid_name: str, name: str, seed: int, data: DataSet, out: Path, *, quiet: bool = True) -> dict[str, Any]:

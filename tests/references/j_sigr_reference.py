@@ -34,24 +34,42 @@ def size(gradient, penalty, eps):
 
 def expected_jacobian_size(model, image, label, penalty, directions, eps):
     """What the Jacobian term is on average over its directions."""
-    rows = jacobian(model, image)
     if directions == "sphere":
         assert penalty == "squared"
         return frobenius(model, image) / 2
+    return sum(share * long for _, share, long in margins(model, image, label, penalty, eps))
+
+
+def margins(model, image, label, penalty, eps):
+    """[(k, q_k, |J^T (e_y - e_k)|)] for every wrong class k, q_k its share of the wrong classes' softmax."""
+    rows = jacobian(model, image)
     with torch.no_grad():
         logits = model(image[None])[0]
     wrong = [k for k in range(len(logits)) if k != label]
     total = sum(math.exp(float(logits[k])) for k in wrong)
-    return sum(math.exp(float(logits[k])) / total * size(rows[label] - rows[k], penalty, eps) for k in wrong)
+    return [(k, math.exp(float(logits[k])) / total, size(rows[label] - rows[k], penalty, eps)) for k in wrong]
 
 
-def loss(model, images, labels, salient, *, lambda_j, lambda_s, penalty, directions, selective_on, eps):
-    """mean_i [CE + lambda_j |J_i| + lambda_s |(1 - S_i) g_i|] with the exact Jacobian term."""
+def reduced_margin_loss(model, image, label, penalty, eps, lambda_j):
+    """sum_k q_k CE(z + lambda_j |J^T (e_y - e_k)| e_k, y)."""
+    total = 0.0
+    for k, share, long in margins(model, image, label, penalty, eps):
+        logits = list(model(image[None])[0])
+        logits[k] = logits[k] + lambda_j * long
+        total = total + share * _cross_entropy(torch.stack(logits), label)
+    return total
+
+
+def loss(model, images, labels, salient, *, lambda_j, lambda_s, penalty, directions, jacobian, selective_on, eps):
+    """mean_i [CE + lambda_j |J_i| + lambda_s |(1 - S_i) g_i|], or with |J_i| in the margin, with the exact Jacobian term."""
     total = 0.0
     for image, label, mask in zip(images, labels.tolist(), salient, strict=True):
-        total = total + _cross_entropy(model(image[None])[0], label)
-        if lambda_j:
-            total = total + lambda_j * expected_jacobian_size(model, image, label, penalty, directions, eps)
+        if lambda_j and jacobian == "in-margin":
+            total = total + reduced_margin_loss(model, image, label, penalty, eps, lambda_j)
+        else:
+            total = total + _cross_entropy(model(image[None])[0], label)
+            if lambda_j:
+                total = total + lambda_j * expected_jacobian_size(model, image, label, penalty, directions, eps)
         if lambda_s:
             point = image.detach().requires_grad_(True)
             logits = model(point[None])[0]
