@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from art_saliency.evaluation.report import Report, full_report
     from art_saliency.evaluation.saliency import saliency_report
     from art_saliency.evaluation.transfer import transfer
-    from art_saliency.methods.fsr import FSRLoss, insert_fsr, remove_fsr
+    from art_saliency.methods.fsr import insert_fsr, remove_fsr
+    from art_saliency.methods.fsr_loss import FSRLoss
     from art_saliency.networks import build_network
     from art_saliency.robustbench.export import export_robustbench
     from art_saliency.robustbench.verify import verify_bundle
@@ -54,7 +55,7 @@ _HOME = {
     "AutoAttackResult": "evaluation.autoattack",
     "DataSet": "data",
     "FGSMTrainer": "trainers.methods",
-    "FSRLoss": "methods.fsr",
+    "FSRLoss": "methods.fsr_loss",
     "FSRTrainer": "trainers.methods",
     "JSIGRTrainer": "trainers.methods",
     "MARTTrainer": "trainers.methods",

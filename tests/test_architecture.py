@@ -119,7 +119,10 @@ def fault(importer, target):
     allowed = MAY_SEE.get(above, {}).get(below)
     if above == below:
         is_package_init = importer.count(".") == 1
-        if allowed is None or is_package_init or target.split(".")[2:3] == [] or target.split(".")[2] in allowed:
+        module = (target.split(".")[2:3] or [""])[0]
+        if allowed is None or is_package_init or not module or module in allowed:
+            return None
+        if importer.split(".")[2].startswith(f"{module}_"):  # fsr_loss belongs to fsr
             return None
         return f"another of {above}, of which {', '.join(allowed)} are shared"
     if LEVEL[below] > LEVEL[above] or (LEVEL[below] == LEVEL[above] and LEVEL[above] > 1):
@@ -138,6 +141,9 @@ def fault(importer, target):
         ("art_saliency.threat", "art_saliency.attacks", True),
         ("art_saliency.attacks", "art_saliency.threat", False),
         ("art_saliency.methods.aalp", "art_saliency.evaluation.accuracy", True),
+        ("art_saliency.methods.fsr_loss", "art_saliency.methods.fsr", False),
+        ("art_saliency.methods.fsr_loss", "art_saliency.methods.aalp", True),
+        ("art_saliency.methods.fsr", "art_saliency.methods.fsr_loss", True),
         ("art_saliency.evaluation.accuracy", "art_saliency.methods.base", True),
         ("art_saliency.methods.aalp", "art_saliency.methods.fsr", True),
         ("art_saliency.methods.aalp", "art_saliency.methods.baselines", False),

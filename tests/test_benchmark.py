@@ -105,7 +105,8 @@ def test_what_is_tuned_is_judged_on_training_images_that_are_not_trained_on():
 
 
 def test_controls_differ_from_fsr_as_they_say():
-    from art_saliency.methods.fsr import AdapterLayer, FSRLayer
+    from art_saliency.methods.adapter import AdapterLayer
+    from art_saliency.methods.fsr import FSRLayer
     from art_saliency.networks import build_network
 
     grid, x = grids.GRIDS["digits"], torch.rand(2, 1, 8, 8)

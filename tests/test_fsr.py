@@ -18,28 +18,26 @@ from torch.optim.swa_utils import AveragedModel
 
 from art_saliency.attacks import cross_entropy, pgd
 from art_saliency.errors import CheckpointError, InputError, NoEffectWarning, UnsupportedModelError
+from art_saliency.methods.adapter import AdapterLayer, insert_adapter, remove_adapter
 from art_saliency.methods.base import AuxiliaryLoss, Batch, auxiliary_modules, auxiliary_terms, step_terms
 from art_saliency.methods.baselines import Standard
 from art_saliency.methods.fsr import (
-    AdapterLayer,
     AuxiliaryLogits,
     FSRLayer,
-    FSRLoss,
     best_wrong_class,
     capture,
     deterministic,
     drop_auxiliary_heads,
     fsr_layers,
     fsr_loss,
-    insert_adapter,
     insert_fsr,
-    load_released,
     logistic_noise,
     mask_share_inside,
     randomised,
-    remove_adapter,
     remove_fsr,
 )
+from art_saliency.methods.fsr_loss import FSRLoss
+from art_saliency.methods.fsr_released import load_released
 from art_saliency.methods.surgery import Inserted, TokenGrid, inserted
 from art_saliency.modes import evaluating
 from art_saliency.networks import build_network

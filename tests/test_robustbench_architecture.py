@@ -18,7 +18,7 @@ from torch import nn
 from art_saliency import autoattack, build_network, insert_fsr
 from art_saliency.errors import ArtSaliencyError, InputError, UnsupportedModelError
 from art_saliency.files import sha256_of_tensors
-from art_saliency.methods.fsr import insert_adapter
+from art_saliency.methods.adapter import insert_adapter
 from art_saliency.robustbench.architecture import architectures_of
 from art_saliency.robustbench.deployable import clean_key, deployable, own_logits
 from art_saliency.robustbench.rules import probe_images

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from os import PathLike
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -20,17 +19,15 @@ from typing_extensions import Unpack
 
 from art_saliency import _checks
 from art_saliency.attacks import AdaptiveAttack, AttackLoss, InnerAttack, cross_entropy
-from art_saliency.errors import CheckpointError, InputError
+from art_saliency.errors import InputError
 from art_saliency.methods.base import LossTerms, warmup
-from art_saliency.methods.surgery import FeatureLayer, Features, TokenGrid, insert_after, remove_inserted
+from art_saliency.methods.surgery import FeatureLayer, Features, TokenGrid, bottleneck, insert_after, remove_inserted
 from art_saliency.modes import evaluating
 from art_saliency.randomness import RandomSource, uniform
 
 __all__ = [
-    "AdapterLayer",
     "AuxiliaryLogits",
     "FSRLayer",
-    "FSRLoss",
     "LayerOptions",
     "Separated",
     "best_wrong_class",
@@ -39,13 +36,10 @@ __all__ = [
     "drop_auxiliary_heads",
     "fsr_layers",
     "fsr_loss",
-    "insert_adapter",
     "insert_fsr",
-    "load_released",
     "logistic_noise",
     "mask_share_inside",
     "randomised",
-    "remove_adapter",
     "remove_fsr",
 ]
 
@@ -121,23 +115,6 @@ def fsr_loss(
 
 
 # --- the layer ------------------------------------------------------------------------------------------------------------
-
-
-def bottleneck(channels: int, hidden: int) -> nn.Sequential:
-    """:return: S, and R: Conv3x3(C->h) BN ReLU Conv3x3(h->h) BN ReLU Conv3x3(h->C); 18 C h + 9 h^2 + 4 h parameters."""
-
-    def conv(inputs: int, outputs: int) -> nn.Conv2d:
-        return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-
-    return nn.Sequential(
-        conv(channels, hidden),
-        nn.BatchNorm2d(hidden),
-        nn.ReLU(),
-        conv(hidden, hidden),
-        nn.BatchNorm2d(hidden),
-        nn.ReLU(),
-        conv(hidden, channels),
-    )
 
 
 def logistic_noise(like: Tensor, random: RandomSource | None = None) -> Tensor:
@@ -322,9 +299,10 @@ class FSRLayer(FeatureLayer):
         :param y: (N,), or (N, K) soft labels.
         """
         share = warmup(self._progress, self.aux_warmup_share)
-        return fsr_loss(logits, self._take(len(y)), y, share * self.lambda_sep, share * self.lambda_rec)
+        return fsr_loss(logits, self.take_auxiliary(len(y)), y, share * self.lambda_sep, share * self.lambda_rec)
 
-    def _take(self, rows: int) -> AuxiliaryLogits:
+    def take_auxiliary(self, rows: int) -> AuxiliaryLogits:
+        """:return: The auxiliary logits of the last recorded forward pass, of `rows` images, which is then forgotten."""
         latest, self._latest = self._latest, None
         if latest is None or len(latest.robust) < rows:
             got = "no train-mode forward pass" if latest is None else f"a forward pass of {len(latest.robust)} rows"
@@ -332,6 +310,10 @@ class FSRLayer(FeatureLayer):
                 "FSR", got, f"one of at least {rows} rows since the last loss", "put the network in train mode"
             )
         return AuxiliaryLogits(*(part[-rows:] for part in latest))
+
+    def stop_recording(self) -> None:
+        """From now on forward passes keep nothing; what the last one kept is forgotten."""
+        self.recording, self._latest = False, None
 
     def adaptive_variants(self) -> Mapping[str, AdaptiveAttack]:
         """:return: Attacks that know this layer, for the audit: a general one in each of :meth:`attack_contexts`."""
@@ -542,198 +524,3 @@ def mask_share_inside(model: nn.Module, x: Tensor, *, batch_size: int = 256) -> 
         for batch in torch.split(x, _checks.whole("batch_size", batch_size, least=1)):
             model(batch.to(next(model.parameters()).device))
     return {name: float(torch.cat(shares).mean()) for name, shares in inside.items()}
-
-
-# --- checkpoints of the released code -------------------------------------------------------------------------------------
-
-
-def load_released(model: nn.Module, source: str | PathLike[str] | Mapping[str, Tensor]) -> nn.Module:
-    """
-    Load a checkpoint of the released code, in place: all of it, or nothing.
-
-    Its keys ``separation.sep_net.*``, ``recalibration.rec_net.*`` and ``aux.0.*`` become the FSR layer's; a leading ``module.``
-    is cut; ``sub_block1.*``, which the WRN of the release never calls, is left out where the network has none.
-
-    :param model: The network, one FSR layer inserted where the release has it, its backbone's names those of the release.
-    :param source: A file of tensors, or a state dict.
-    :return: The same network.
-    :raises CheckpointError: When the file cannot be read, or any key or shape does not fit; all of them are listed.
-    """
-    layers = fsr_layers(model)
-    if len(layers) != 1:
-        raise _checks.refuse("model", f"FSR layers behind {', '.join(layers)}", "one, as the release has")
-    released = source if isinstance(source, Mapping) else _read(source)
-    (target,) = layers
-    layer = f"{target}.fsr." if target else ""
-    own = model.state_dict()
-    state = {_released_name(key, layer): value for key, value in released.items()}
-    state = {key: value for key, value in state.items() if key in own or not key.startswith("sub_block1.")}
-    problems = [f"missing {key}" for key in own if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in own]
-    problems += [
-        f"{key} of shape {tuple(state[key].shape)} where the network has {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if problems:
-        raise CheckpointError(f"checkpoint: does not fit the network, nothing was loaded: {'; '.join(problems)}")
-    model.load_state_dict(state)
-    return model
-
-
-def _read(path: str | PathLike[str]) -> Mapping[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"checkpoint: {path} cannot be read as a file of tensors ({error})") from error
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        keys = f" with the keys {', '.join(map(str, content))}" if isinstance(content, Mapping) else ""
-        raise CheckpointError(
-            f"checkpoint: {path} holds a {type(content).__name__}{keys}, expected tensors by key; load it yourself and hand over its "
-            f"state dict"
-        )
-    return content
-
-
-def _released_name(key: str, layer: str) -> str:
-    """:return: Our name of a tensor of the release."""
-    key = key.removeprefix("module.")
-    for theirs, ours in (
-        ("separation.sep_net.", "separation."),
-        ("recalibration.rec_net.", "recalibration."),
-        ("aux.0.", "auxiliary."),
-    ):
-        if key.startswith(theirs):
-            return layer + ours + key[len(theirs) :]
-    return key
-
-
-# --- ART's own trainers ---------------------------------------------------------------------------------------------------
-
-
-class _LastOutput:
-    """A forward hook that keeps a module's last train-mode output; copies and pickles of it are empty."""
-
-    def __init__(self) -> None:
-        self.output: Tensor | None = None
-
-    def __call__(self, module: nn.Module, _: Any, output: Tensor) -> None:
-        if module.training:
-            self.output = output
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"output": None}
-
-    def take(self) -> Tensor | None:
-        output, self.output = self.output, None
-        return output
-
-
-class FSRLoss(nn.CrossEntropyLoss):
-    """
-    A loss to hand to ART's ``PyTorchClassifier``, so that ART's *own* trainers train the network's FSR layers.
-
-    The base loss of the logits that it is given, plus lambda_sep L_sep + lambda_rec L_rec (their mean over the layers) of the
-    *last train-mode forward pass*, which is then forgotten. With ART's TRADES, whose loss is given the clean logits after a
-    clean and an adversarial pass, the base loss so sees the clean branch, and FSR's terms the adversarial one, y' included,
-    as they should. In eval mode it is the base loss alone: attacks differentiate the plain loss.
-
-    A cross-entropy by descent: ART reduces labels by the type of the loss. It belongs to this network and its copies together
-    with the classifier; give another network a loss of its own.
-
-    :param model: The network, FSR layers inserted.
-    :param loss: The base loss (logits, y) -> scalar; ``None`` is the cross-entropy.
-    :param lambda_sep: At least 0.
-    :param lambda_rec: At least 0.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
-        lambda_sep: float = 1.0,
-        lambda_rec: float = 1.0,
-    ) -> None:
-        super().__init__(reduction=getattr(loss, "reduction", "mean"))
-        self.base = loss
-        self.lambda_sep = _checks.real("lambda_sep", lambda_sep, least=0)
-        self.lambda_rec = _checks.real("lambda_rec", lambda_rec, least=0)
-        self._layers = tuple(fsr_layers(model).values())  # a tuple, so that they do not become the loss's submodules
-        for layer in self._layers:
-            layer.recording = True
-        # ART runs a root nn.Sequential child by child, past its hooks: its last child emits the logits.
-        emitter = model[-1] if isinstance(model, nn.Sequential) else model
-        self._logits = _LastOutput()
-        self._hook = emitter.register_forward_hook(self._logits)
-
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """:param input: (N, K) logits. :param target: (N,), or (N, K) soft labels. :return: A scalar."""
-        loss = self._base_loss(input, target)
-        if not any(layer.training for layer in self._layers):
-            return loss
-        logits = self._logits.take()
-        if logits is None:
-            raise _checks.refuse("FSRLoss", "no train-mode forward pass", "one of its network since the last loss")
-        rows = len(target)
-        parts = [
-            fsr_loss(logits[-rows:], layer._take(rows), target, self.lambda_sep, self.lambda_rec).loss
-            for layer in self._layers
-        ]
-        return loss + torch.stack(parts).mean()
-
-    def _base_loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        if self.base is None:
-            return super().forward(logits, y)
-        if hasattr(self.base, "reduction"):
-            self.base.reduction = self.reduction  # ART sets it on the loss that it was given
-        return self.base(logits, y)
-
-    def close(self) -> None:
-        """Take the hook off the network and stop recording."""
-        self._hook.remove()
-        for layer in self._layers:
-            layer.recording, layer._latest = False, None
-
-
-# --- the control ----------------------------------------------------------------------------------------------------------
-
-
-class AdapterLayer(FeatureLayer):
-    """
-    The control f + R(f), of as many parameters as S and R together (to 0.5 %): neither masks nor losses.
-
-    "Without the adapter control, a gain is not FSR's."
-
-    :param channels: C.
-    :param fsr_hidden: The width of the FSR layer that it stands against.
-    :param tokens: As for :class:`FSRLayer`.
-    """
-
-    def __init__(self, channels: int, *, fsr_hidden: int = 64, tokens: TokenGrid | None = None) -> None:
-        super().__init__(tokens)
-        # 18 C h + 9 h^2 + 4 h = 2 (18 C h_fsr + 9 h_fsr^2 + 4 h_fsr), solved for h.
-        half = (18 * _checks.whole("channels", channels, least=1) + 4) / 18
-        budget = 2 * (half * 18 * fsr_hidden + 9 * fsr_hidden**2) / 9
-        self.recalibration = bottleneck(channels, round((half**2 + budget) ** 0.5 - half))
-
-    def transform(self, f: Tensor) -> Tensor:
-        """:return: f + R(f), (N, C, H, W) as `f`."""
-        output: Tensor = f + self.recalibration(f)
-        return output
-
-
-def insert_adapter(model: nn.Module, target: str, example: Tensor, *, fsr_hidden: int = 64) -> nn.Module:
-    """Put an :class:`AdapterLayer` behind a submodule, in place, as :func:`insert_fsr` does. :return: The same network."""
-    insert_after(
-        model,
-        target,
-        example,
-        "adapter",
-        lambda found: AdapterLayer(found.channels, fsr_hidden=fsr_hidden, tokens=found.tokens),
-    )
-    return model
-
-
-def remove_adapter(model: nn.Module, target: str | None = None) -> nn.Module:
-    """The inverse of :func:`insert_adapter`, in place. :return: The same network."""
-    return remove_inserted(model, target, "adapter")

@@ -22,7 +22,16 @@ from art_saliency import _checks
 from art_saliency.errors import NoEffectWarning, UnsupportedModelError
 from art_saliency.modes import evaluating
 
-__all__ = ["FeatureLayer", "Features", "Inserted", "TokenGrid", "insert_after", "inserted", "remove_inserted"]
+__all__ = [
+    "FeatureLayer",
+    "Features",
+    "Inserted",
+    "TokenGrid",
+    "bottleneck",
+    "insert_after",
+    "inserted",
+    "remove_inserted",
+]
 
 
 class Inserted(nn.Module):
@@ -216,6 +225,23 @@ class Features:
     tokens: TokenGrid | None
     num_classes: int
     like: Tensor
+
+
+def bottleneck(channels: int, hidden: int) -> nn.Sequential:
+    """:return: The network of FSR's S and R, and of its control: Conv3x3(C->h) BN ReLU Conv3x3(h->h) BN ReLU Conv3x3(h->C); 18 C h + 9 h^2 + 4 h parameters."""
+
+    def conv(inputs: int, outputs: int) -> nn.Conv2d:
+        return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+
+    return nn.Sequential(
+        conv(channels, hidden),
+        nn.BatchNorm2d(hidden),
+        nn.ReLU(),
+        conv(hidden, hidden),
+        nn.BatchNorm2d(hidden),
+        nn.ReLU(),
+        conv(hidden, channels),
+    )
 
 
 class FeatureLayer(nn.Module, ABC):

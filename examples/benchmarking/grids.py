@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from art_saliency.cli._arms import Arm, parse_arm
 from art_saliency.methods import OBJECTIVES
-from art_saliency.methods.fsr import fsr_layers, insert_adapter, insert_fsr
+from art_saliency.methods.adapter import insert_adapter
+from art_saliency.methods.fsr import fsr_layers, insert_fsr
 from art_saliency.modes import evaluating
 
 __all__ = ["GRIDS", "METHODS", "Contestant", "Grid", "contestant"]
