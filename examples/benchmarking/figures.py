@@ -90,17 +90,17 @@ def _colour(arm: str) -> str:
     return next((colour for family, colour in _FAMILIES if arm.startswith(family)), "0.35")
 
 
-def _panels(count: int, width: float, height: float) -> tuple[Any, list[Any]]:
+def _panels(width: float, heights: list[float]) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height * count), dpi=110, layout="constrained")
-    return figure, list(np.atleast_1d(figure.subplots(count, 1)))
+    figure = Figure(figsize=(width, sum(heights)), dpi=110, layout="constrained")
+    return figure, list(np.atleast_1d(figure.subplots(len(heights), 1, height_ratios=heights)))
 
 
 def _scatter(runs: Runs, name: str, label: str) -> Any:
     """Robust accuracy against a figure: a point an arm, whiskers of one standard deviation over seeds; controls are small and unnamed."""
     shown = content(runs, name)
-    figure, axes = _panels(len(shown), 7.4, 4.2)
+    figure, axes = _panels(7.4, [4.2] * len(shown))
     for axis, (grid, arms) in zip(axes, shown.items(), strict=True):
         named = {}
         for arm, (across, up) in arms.items():
@@ -136,7 +136,7 @@ def _labelled(axis: Any, named: dict[str, tuple[float, float]]) -> None:
 
 def _bars(runs: Runs, name: str) -> Any:
     shown = content(runs, name)
-    figure, axes = _panels(len(shown), 7.4, 0.9 + 0.34 * len(CLAIMS[name].arms))
+    figure, axes = _panels(7.4, [0.9 + 0.34 * len(arms) for arms in shown.values()])
     for axis, (grid, arms) in zip(axes, shown.items(), strict=True):
         for row, (arm, figures) in enumerate(arms.items()):
             robust = [100 * v for v in figures["autoattack"]]
