@@ -10,6 +10,7 @@ import torch
 from art.estimators.classification import PyTorchClassifier
 
 from art_saliency import AALPTrainer, autoattack, build_network, load_data
+from art_saliency.networks import default_network
 
 
 def main() -> None:
@@ -23,7 +24,8 @@ def main() -> None:
 
     data = load_data(args.data)
     torch.manual_seed(0)
-    model = build_network("small-cnn", num_classes=data.num_classes, input_shape=data.input_shape)
+    network = default_network(data.input_shape)
+    model = build_network(network, num_classes=data.num_classes, input_shape=data.input_shape)
     classifier = PyTorchClassifier(
         model,
         loss=torch.nn.CrossEntropyLoss(),

@@ -12,6 +12,7 @@ from art.defences.trainer import AdversarialTrainerMadryPGD
 from art.estimators.classification import PyTorchClassifier
 
 from art_saliency import FSRLoss, autoattack, build_network, insert_fsr, load_data
+from art_saliency.networks import default_network
 
 
 def main() -> None:
@@ -25,7 +26,8 @@ def main() -> None:
 
     data = load_data(args.data)
     torch.manual_seed(0)
-    model = build_network("small-cnn", num_classes=data.num_classes, input_shape=data.input_shape)
+    network = default_network(data.input_shape)
+    model = build_network(network, num_classes=data.num_classes, input_shape=data.input_shape)
     insert_fsr(model, "layer3", data.num_classes, data.x_train[:2].float())
     classifier = PyTorchClassifier(
         model,

@@ -30,7 +30,7 @@ def standing(out: Path, grid: str, name: str, seed: int) -> bool:
     from benchmarking.running import file_of, stands
 
     path = file_of(out, grid, name, seed)
-    return path.is_file() and stands(json.loads(path.read_text(encoding="utf-8")), seed)
+    return path.is_file() and stands(json.loads(path.read_text(encoding="utf-8")))
 
 
 def run(args: argparse.Namespace) -> int:

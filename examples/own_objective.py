@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from art_saliency import autoattack, build_network, load_data
 from art_saliency.gradients import input_gradient
 from art_saliency.methods.base import Batch, LossTerms, Objective
+from art_saliency.networks import default_network
 from art_saliency.trainers.base import ObjectiveTrainer
 
 
@@ -52,7 +53,8 @@ def main() -> None:
 
     data = load_data(args.data)
     torch.manual_seed(0)
-    model = build_network("small-cnn", num_classes=data.num_classes, input_shape=data.input_shape, activation="silu")
+    network = default_network(data.input_shape)
+    model = build_network(network, num_classes=data.num_classes, input_shape=data.input_shape, activation="silu")
     classifier = PyTorchClassifier(
         model,
         loss=nn.CrossEntropyLoss(),

@@ -171,9 +171,9 @@ def test_a_run_is_written_left_alone_and_made_anew_when_its_settings_change(tiny
     ):  # of the base method and of the layer: what a default was, when it was run
         page = json.loads(files[0].read_text())
         page["method"][name] = 0.5
-        assert not running.stands(page, 0)
+        assert not running.stands(page)
         del page["method"][name]
-        assert running.stands(page, 0)
+        assert running.stands(page)
     page = json.loads(files[0].read_text())
     assert page["method"]["hidden"] == 4
     assert page["mask_share_inside"]

@@ -640,7 +640,7 @@ def _figures(model, x, y, salient):
 
 def test_training_lowers_the_jacobian_and_the_gradient_outside_the_salient_pixels():
     x, y, x_test, y_test = _digits()
-    standard, ours = JSIGR(eps=0.2, lambda_j=0.0, lambda_s=0.0), JSIGR(eps=0.2)
+    standard, ours = at_image(eps=0.2, lambda_j=0.0, lambda_s=0.0), JSIGR(eps=0.2)
     rows = {"standard": [], "j-sigr": []}
     for seed in range(3):
         teacher = _trained(standard, x, y, seed)

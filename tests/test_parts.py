@@ -9,8 +9,6 @@ In the suite every part runs once, and what it returns is checked.
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
@@ -130,11 +128,6 @@ def a_j_sigr_step():
     return lambda: objective(model, Batch(x, labels(), progress=1.0, random=RandomSource(0), maps=maps)).loss[None]
 
 
-def good_weights_kept():
-    model = build_network("resnet18", num_classes=CLASSES, input_shape=SHAPE, width=16)
-    return lambda: torch.cat([value.flatten().double() for value in copy.deepcopy(model.state_dict()).values()])
-
-
 PARTS = {
     a_batch: (COUNT, *SHAPE),
     an_augmentation: (COUNT, *SHAPE),
@@ -149,7 +142,6 @@ PARTS = {
     an_input_gradient: (COUNT, *SHAPE),
     an_inner_attack: (COUNT, *SHAPE),
     a_j_sigr_step: (1,),
-    good_weights_kept: None,
 }
 
 
@@ -157,7 +149,7 @@ PARTS = {
 def test_part(part, benchmark):
     act = part()
     result = benchmark(act)
-    assert PARTS[part] is None or tuple(result.shape) == PARTS[part]
+    assert tuple(result.shape) == PARTS[part]
     assert bool(torch.isfinite(result).all())
     assert float(result.detach().abs().sum()) > 0
     torch.testing.assert_close(act(), result)  # an equal seed gives an equal result, however often it was measured

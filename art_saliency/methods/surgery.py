@@ -228,7 +228,11 @@ class Features:
 
 
 def bottleneck(channels: int, hidden: int) -> nn.Sequential:
-    """:return: The network of FSR's S and R, and of its control: Conv3x3(C->h) BN ReLU Conv3x3(h->h) BN ReLU Conv3x3(h->C); 18 C h + 9 h^2 + 4 h parameters."""
+    """
+    The network of FSR's S and R, and of its control.
+
+    :return: Conv3x3(C->h) BN ReLU Conv3x3(h->h) BN ReLU Conv3x3(h->C); 18 C h + 9 h^2 + 4 h parameters.
+    """
 
     def conv(inputs: int, outputs: int) -> nn.Conv2d:
         return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)

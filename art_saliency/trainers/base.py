@@ -109,9 +109,8 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
 
     @classmethod
     def _build(cls, objective: type[Objective], parameters: dict[str, Any]) -> Objective:
-        known = dict.fromkeys(
-            [*objective.parameter_names(), *cls.parameter_names()]
-        )  # a trainer's own were taken out before
+        # A trainer's own were taken out before; an unknown name is answered with all that there are.
+        known = dict.fromkeys([*objective.parameter_names(), *cls.parameter_names()])
         _checks.no_unknown(cls.__name__, parameters, known)
         signature = inspect.signature(objective).parameters
         for name in objective.parameter_names():

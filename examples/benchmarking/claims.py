@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarking.grids import METHODS
+from benchmarking.grids import J_SIGR_TRIED, METHODS
 
 __all__ = ["CLAIMS", "HEADLINE", "Claim"]
 
@@ -56,14 +56,7 @@ CLAIMS = {
             "pgd-at@silu",
             "j-sigr",
             "j-sigr@silu",
-            "j-sigr:lambda_s=0@silu",
-            "j-sigr:lambda_j=2@silu",
-            "j-sigr:lambda_j=3@silu",
-            "j-sigr:linearise_at=image@silu",
-            "j-sigr:jacobian=added@silu",
-            "j-sigr:jacobian=added:linearise_at=image@silu",
-            "j-sigr:jacobian=added:linearise_at=image:lambda_j=0.5@silu",
-            "j-sigr:jacobian=added:linearise_at=image:directions=sphere:lambda_j=0.3@silu",
+            *J_SIGR_TRIED,
         ),
         (
             ("j-sigr@silu", "pgd-at"),

@@ -15,7 +15,7 @@ from art_saliency.methods.adapter import insert_adapter
 from art_saliency.methods.fsr import fsr_layers, insert_fsr
 from art_saliency.modes import evaluating
 
-__all__ = ["GRIDS", "METHODS", "Contestant", "Grid", "contestant"]
+__all__ = ["GRIDS", "J_SIGR_TRIED", "METHODS", "Contestant", "Grid", "contestant"]
 
 Prepare = Callable[[nn.Module, Tensor], object]
 """(network, images (2, C, H, W) in [0, 1]): changes a fresh network."""
@@ -127,6 +127,20 @@ METHODS = (
     "fsr+trades",
 )
 _FSR_WEAKER = ("fsr+pgd-at:lambda_sep=0.1:lambda_rec=0.1", "fsr+pgd-at:aux_warmup_share=1")
+_J_SIGR_FORMS = (
+    "j-sigr:lambda_s=0@silu",
+    "j-sigr:lambda_j=2@silu",
+    "j-sigr:linearise_at=image@silu",
+    "j-sigr:jacobian=added:linearise_at=image@silu",
+)
+J_SIGR_TRIED = (
+    *_J_SIGR_FORMS,
+    "j-sigr:lambda_j=3@silu",
+    "j-sigr:jacobian=added@silu",
+    "j-sigr:jacobian=added:linearise_at=image:lambda_j=0.5@silu",
+    "j-sigr:jacobian=added:linearise_at=image:directions=sphere:lambda_j=0.3@silu",
+)
+"""J-SIGR's forms on held-out images; the first four are controls on test images too."""
 _CONTROL_ARMS = (
     "adapter+pgd-at",
     *_FSR_WEAKER,
@@ -137,10 +151,7 @@ _CONTROL_ARMS = (
     "adv-gsct:rho=0",
     "adv-gsct:form=finite-difference:consensus=0.1",
     "j-sigr",
-    "j-sigr:lambda_s=0@silu",
-    "j-sigr:lambda_j=2@silu",
-    "j-sigr:linearise_at=image@silu",
-    "j-sigr:jacobian=added:linearise_at=image@silu",
+    *_J_SIGR_FORMS,
     "pgd-at@silu",
     "aalp:rate=0",
     "aalp:weighting=constant",
@@ -200,14 +211,7 @@ GRIDS: dict[str, Grid] = {
             "fsr+pgd-at:aux_warmup_share=1",
             "fsr+pgd-at:lambda_sep=0.1:lambda_rec=0.1",
             "j-sigr@silu",
-            "j-sigr:lambda_s=0@silu",
-            "j-sigr:lambda_j=2@silu",
-            "j-sigr:lambda_j=3@silu",
-            "j-sigr:linearise_at=image@silu",
-            "j-sigr:jacobian=added@silu",
-            "j-sigr:jacobian=added:linearise_at=image@silu",
-            "j-sigr:jacobian=added:linearise_at=image:lambda_j=0.5@silu",
-            "j-sigr:jacobian=added:linearise_at=image:directions=sphere:lambda_j=0.3@silu",
+            *J_SIGR_TRIED,
         ),
         seeds=3,
         audited=0,

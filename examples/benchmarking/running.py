@@ -67,11 +67,11 @@ def method_of(grid: Grid, entry: Contestant) -> dict[str, Any]:
     return json.loads(json.dumps({**layer, **made.config()}))
 
 
-def stands(page: Mapping[str, Any], seed: int) -> bool:
+def stands(page: Mapping[str, Any]) -> bool:
     """:return: Whether a stored run is one of its grid as grid and methods are now."""
     grid = GRIDS[page["grid"]]
     entry = contestant(page["arm"], grid)
-    if page["schema"] != SCHEMA or page["settings"] != settings_of(grid, entry, seed):
+    if page["schema"] != SCHEMA or page["settings"] != settings_of(grid, entry, page["seed"]):
         return False
     # A parameter that is newer than the run does at its default what was done before there was one.
     return all(page["method"].get(name, value) == value for name, value in method_of(grid, entry).items())
