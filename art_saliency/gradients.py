@@ -182,11 +182,13 @@ def top_share_mask(scores: Tensor, share: float, random: RandomSource | None = N
     _checks.real("share", share, least=0, most=1)
     flat = scores.detach().flatten(1)
     kept = round(share * flat.shape[1])
-    if kept == flat.shape[1]:
-        return torch.ones_like(scores)
-    shuffled = uniform(flat, random).argsort(1)
-    by_rank = flat.gather(1, shuffled).argsort(dim=1, descending=True, stable=True)[:, :kept]
-    return torch.zeros_like(flat).scatter_(1, shuffled.gather(1, by_rank), 1.0).view_as(scores)
+    if kept in (0, flat.shape[1]):
+        return torch.full_like(scores, float(kept > 0), requires_grad=False)
+    least = flat.topk(kept, dim=1, sorted=False).values.amin(1, keepdim=True)
+    # Above the least score that is kept: first; at it: by lot; below: last. Two selections cost a quarter of two sorts.
+    turn = torch.where(flat > least, -1.0, torch.where(flat == least, uniform(flat, random), 2.0))
+    chosen = turn.topk(kept, dim=1, largest=False, sorted=False).indices
+    return torch.zeros_like(flat).scatter_(1, chosen, 1.0).view_as(scores)
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
