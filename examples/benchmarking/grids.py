@@ -158,7 +158,7 @@ _CONTROL_ARMS = (
     "aalp:guide=random",
     "alp:clean_weight=0",
 )
-_CONTROL_OF_EACH = ("adapter+pgd-at", "adv-gsct:consensus=0", "pgd-at@silu", "aalp:rate=0")
+_CONTROL_OF_EACH = ("pgd-at@silu", "adapter+pgd-at", "adv-gsct:consensus=0", "aalp:rate=0")
 _COMBINATIONS = (
     "fsr+adv-gsct",
     "fsr+adv-gsct:lambda_sep=0.1:lambda_rec=0.1",
@@ -186,7 +186,7 @@ _MNIST = {
     "lr": 0.01,
     "images": 100,
     "seeds": 3,
-    "audited": 0,
+    "audited": 100,
     "hidden": 16,
     "train_images": 8000,
     "parameters": {"eps_warmup_share": 0.3, "max_iter": 7},
@@ -227,7 +227,7 @@ GRIDS: dict[str, Grid] = {
     "mnist-0.3": Grid(
         title="MNIST (8,000 training images), Linf 0.3, small CNN of width 16, stride 2",
         eps=0.3,
-        arms=(*METHODS, *_CONTROL_OF_EACH),
+        arms=(*METHODS, *_CONTROL_OF_EACH, _FSR_WEAKER[0]),
         **_MNIST,
     ),
     "cifar10-jpeg-10k": Grid(
@@ -239,7 +239,7 @@ GRIDS: dict[str, Grid] = {
         batch_size=128,
         lr=0.01,
         images=100,
-        arms=(*METHODS, "pgd-at@silu", "adapter+pgd-at"),
+        arms=(*METHODS, *_CONTROL_OF_EACH, _FSR_WEAKER[0]),
         seeds=1,
         audited=0,
         hidden=16,
