@@ -1,0 +1,156 @@
+"""
+What a GPU would be asked to do, without one.
+
+On torch's meta device tensors have shapes and no values: whatever waits for a value, copies one to the host, makes a shape
+of one or mixes devices is an error there. What it cannot show is a kernel that itself waits.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+from art_saliency.augmentation import Augmentation
+from art_saliency.methods import OBJECTIVES
+from art_saliency.methods.base import LossTerms, Objective
+from art_saliency.methods.fsr import insert_fsr
+from art_saliency.randomness import RandomSource
+from art_saliency.training.averaging import ExponentialAverage
+from art_saliency.training.awp import WeightPerturbation
+from art_saliency.training.batches import ResidentBatches
+from art_saliency.training.engine import Engine
+from art_saliency.training.extensions import Extension
+from art_saliency.training.loop import train
+from art_saliency.training.selection import LabelSmoothing
+from tests.method_settings import ROWS, small_network
+
+META = torch.device("meta")
+STEPS = 3
+
+
+class EnoughStepsError(Exception):
+    """Raised after the steps that are looked at: the end of an epoch reads its figures."""
+
+
+class Counted(Extension):
+    def after_step(self, run):
+        if run.step == STEPS:
+            raise EnoughStepsError
+
+
+@pytest.fixture(autouse=True)
+def _meta_device(monkeypatch):
+    """Give the meta device what it lacks: a generator (nothing is drawn from it) and autocast."""
+    start = RandomSource.__init__
+
+    def on_host(self, seed, device="cpu", **options):
+        start(self, seed, "cpu", **options)
+        self.device = torch.device(device)
+
+    monkeypatch.setattr(RandomSource, "__init__", on_host)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+
+
+def steps(objective: Objective, *, fsr: bool = False, maps: bool = False, **options) -> None:
+    model, x = small_network(norm=True), torch.rand(4, 1, 8, 8)
+    if fsr:
+        insert_fsr(model, "features", 10, x, hidden=8)
+    if hasattr(objective, "guided_layers"):
+        objective.guided_layers(model, x)  # once in a run: a look at a forward pass
+    model = model.to(META)
+    batches = ResidentBatches(
+        torch.empty(8 * STEPS, 1, 8, 8, dtype=torch.uint8, device=META),
+        torch.empty(8 * STEPS, dtype=torch.long, device=META),
+        batch_size=4,
+        device=META,
+        augment=Augmentation(),
+        maps=torch.empty(8 * STEPS, 1, 8, 8, device=META) if maps else None,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    extensions = [*options.pop("extensions", ()), Counted()]
+    with pytest.raises(EnoughStepsError):
+        train(
+            model,
+            objective,
+            optimizer,
+            batches,
+            epochs=1,
+            engine=Engine(META),
+            seed=0,
+            grad_clip=1.0,
+            extensions=extensions,
+        )
+
+
+def objective_of(name: str, **changes) -> Objective:
+    kind = OBJECTIVES[name]
+    return kind(**{k: v for k, v in {**ROWS[name].settings, **changes}.items() if k in kind.parameter_names()})
+
+
+@pytest.mark.parametrize("fsr", [False, True])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_step_waits_for_no_value_and_mixes_no_devices(name, fsr):
+    objective = objective_of(name)
+    steps(objective, fsr=fsr)
+    if getattr(objective, "needs_maps", False):
+        steps(objective, fsr=fsr, maps=True)
+
+
+VARIANTS = [
+    *((name, {"norm": "L2"}) for name, kind in OBJECTIVES.items() if "norm" in kind.parameter_names()),
+    ("adv-gsct", {"form": "finite-difference", "rho": 0.2}),
+    ("j-sigr", {"form": "finite-difference"}),
+    ("j-sigr", {"projections": None, "jacobian": "added", "directions": "sphere", "penalty": "squared"}),
+    ("aalp", {"guide": "random", "branches": "both", "probability": 0.5}),
+    ("aalp", {"branches": "separate", "weighting": "constant"}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), VARIANTS)
+def test_nor_does_a_method_set_otherwise(name, changes):
+    objective = objective_of(name, **changes)
+    steps(objective, maps=getattr(objective, "needs_maps", False))
+
+
+EXTENSIONS = {
+    "ema": lambda: ExponentialAverage(0.9),
+    "awp": lambda: WeightPerturbation(0.005),
+    "label smoothing": lambda: LabelSmoothing(0.1, 10),
+}
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+@pytest.mark.parametrize("fsr", [False, True])
+def test_nor_does_what_surrounds_a_step(extension, fsr):
+    steps(objective_of("pgd-at"), fsr=fsr, extensions=[EXTENSIONS[extension]()])
+
+
+class Waiting(Objective):
+    name = "waiting"
+
+    def __init__(self, wait):
+        super().__init__()
+        self.wait = wait
+
+    def forward(self, model, batch):
+        logits = model(batch.x)
+        loss = nn.functional.cross_entropy(logits, batch.y)
+        return LossTerms(loss * self.wait(loss.detach()), logits)
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        pytest.param(lambda loss: loss.item(), id="item"),
+        pytest.param(lambda loss: 1 if loss > 0 else 2, id="branch"),
+        pytest.param(lambda loss: loss.cpu(), id="copy"),
+        pytest.param(lambda loss: loss.repeat(3) * torch.ones(3), id="other device"),
+        pytest.param(lambda loss: loss.repeat(3)[loss.repeat(3) > 0].sum(), id="shape"),
+    ],
+)
+def test_that_would_be_seen(wait):
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        steps(Waiting(wait))
