@@ -26,7 +26,6 @@ from art_saliency.methods.aalp import (
     channel_contributions,
     channels_for_share,
     contributions,
-    find_guided_layer,
     guided_mask,
     mask_leak,
     opposing_share,
@@ -34,6 +33,7 @@ from art_saliency.methods.aalp import (
 )
 from art_saliency.methods.base import Batch
 from art_saliency.methods.baselines import ALP, PGDAT, alp_loss
+from art_saliency.methods.layers import find_guided_layer
 from art_saliency.modes import evaluating
 from art_saliency.randomness import RandomSource
 from tests.references import aalp_reference as reference

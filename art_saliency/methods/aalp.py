@@ -7,10 +7,10 @@ with both off it *is* ALP.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from art_saliency.errors import UnsupportedModelError
 from art_saliency.gradients import top_share_mask
 from art_saliency.methods.base import Batch, LossTerms, warmup
 from art_saliency.methods.baselines import ALP, AttackOptions, alp_loss, full_precision, joint_logits
+from art_saliency.methods.layers import at_layer, find_guided_layer
 from art_saliency.modes import evaluating, frozen
 from art_saliency.randomness import RandomSource, uniform
 
@@ -35,7 +36,6 @@ __all__ = [
     "channel_contributions",
     "channels_for_share",
     "contributions",
-    "find_guided_layer",
     "guided_mask",
     "mask_leak",
     "opposing_share",
@@ -141,128 +141,7 @@ def mask_leak(masked_ce: float, unmasked_ce: float) -> bool:
     return unmasked_ce > 2 * masked_ce + 0.25
 
 
-# --- the guided layer -----------------------------------------------------------------------------------------------------
-
-
-def find_guided_layer(model: nn.Module, x: Tensor) -> str:
-    """
-    The last feature map before global pooling, after its ReLU, by a dry run in eval mode (choice).
-
-    Where the ReLU or the pooling is a function rather than a module, it is the input of the next module. In a network
-    without such a map (an MLP, a transformer, whose tokens come after its only map) it is the input of the last linear layer.
-    With global average pooling and a linear head both are the same thing: the pooled vector is the map's channel means.
-
-    :param model: Any network.
-    :param x: (N, C, H, W) in [0, 1], an example.
-    :return: The submodule's name; with ``":input"`` when its input, not its output, is guided.
-    :raises UnsupportedModelError: When there is neither; name the layer.
-    """
-    calls, logits = _trace(model, x[:2])
-    maps = [place for place, call in enumerate(calls) if _is_feature_map(call.output, logits)]
-    after = calls[maps[-1] + 1 :] if maps else []
-    if maps and not any(call.output is not None and call.output.ndim == 3 for call in after):
-        last = calls[maps[-1]]
-        shared = sum(call.module is last.module for call in calls) > 1
-        return f"{after[0].name}:input" if after and _guided_instead(last, after[0], shared) else last.name
-    for call in reversed(calls):
-        if isinstance(call.module, nn.Linear) and call.consumed is not None and call.consumed.ndim == 2:
-            return f"{call.name}:input"
-    raise UnsupportedModelError(
-        "layer: got None and a network without a feature map or a linear head, expected either; name the guided layer"
-    )
-
-
-class _Call(NamedTuple):
-    """One call of a submodule in a dry run: its first input and its output, where they are tensors."""
-
-    name: str
-    module: nn.Module
-    consumed: Tensor | None
-    output: Tensor | None
-
-
-def _trace(model: nn.Module, x: Tensor) -> tuple[list[_Call], Tensor]:
-    """:return: The calls of a forward in eval mode, in the order in which they finished, and the logits."""
-    calls: list[_Call] = []
-
-    def copied(value: Any) -> Tensor | None:
-        return value.clone() if isinstance(value, Tensor) else None  # what follows may work in place
-
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            if name:
-
-                def record(module: nn.Module, inputs: tuple[Any, ...], output: Any, name: str = name) -> None:
-                    calls.append(_Call(name, module, copied(inputs[0]) if inputs else None, copied(output)))
-
-                stack.callback(module.register_forward_hook(record).remove)
-        stack.enter_context(evaluating(model))
-        stack.enter_context(torch.no_grad())
-        return calls, model(x)
-
-
-def _is_feature_map(output: Tensor | None, logits: Tensor) -> bool:
-    if output is None or output.ndim != 4 or output.shape[2] * output.shape[3] == 1:
-        return False
-    # A map of class scores (a convolutional head) is no feature map: its mask would say which class is the true one.
-    return output.shape[1] != logits.shape[1] or not torch.allclose(output.mean((2, 3)), logits, rtol=1e-3, atol=1e-4)
-
-
-def _guided_instead(last: _Call, consumer: _Call, shared: bool) -> bool:
-    """:return: Whether the next module's input is the map after its ReLU, or the only place that is passed once."""
-    if last.output is None or consumer.consumed is None or consumer.consumed.ndim not in (2, 4):
-        return False
-    if consumer.consumed.shape[1] != last.output.shape[1]:
-        return False
-    return shared or (bool((last.output < 0).any()) and not bool((consumer.consumed < 0).any()))
-
-
-def _resolve(model: nn.Module, layer: str) -> tuple[nn.Module, bool]:
-    """:return: The named module, also under a wrapper's ``module.`` prefix, and whether its input is meant."""
-    name, _, side = layer.partition(":")
-    modules = dict(model.named_modules())
-    if name not in modules:
-        inside = sorted((known for known in modules if known.endswith("." + name)), key=len)
-        name = inside[0] if inside else name
-    if not name or name not in modules or side not in ("", "input"):
-        names = [known for known in modules if known]
-        raise _checks.refuse("layer", repr(layer), "a submodule's name" + _checks.suggestion(name, names))
-    return modules[name], side == "input"
-
-
-@contextmanager
-def _at_layer(model: nn.Module, layer: str, act: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Put `act` on the features of one layer for the one forward of the block; nothing stays on the model, also on error."""
-    module, on_input = _resolve(model, layer)
-    calls = 0
-
-    def checked(features: Any) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls > 1:
-            raise _checks.refuse("layer", f"{layer!r}, which runs twice in one forward", "a module that runs once")
-        if not isinstance(features, Tensor) or features.ndim not in (2, 4):
-            shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise _checks.refuse("layer", f"{layer!r} with features {shape}", "(N, C, H, W) or (N, C)")
-        return act(features)
-
-    if on_input:
-        handle = module.register_forward_pre_hook(
-            lambda _, inputs: (checked(inputs[0] if inputs else None), *inputs[1:])
-        )
-    else:
-        handle = module.register_forward_hook(lambda _, __, output: checked(output))
-    try:
-        yield
-    finally:
-        handle.remove()
-    if calls == 0:
-        raise _checks.refuse(
-            "layer",
-            f"{layer!r}, which the forward never calls",
-            "a module that runs",
-            "a compiled network hides its layers",
-        )
+# --- contributions --------------------------------------------------------------------------------------------------------
 
 
 def _guiding_pass(
@@ -284,7 +163,7 @@ def _guiding_pass(
         for manager in (evaluating(model), frozen(model), torch.enable_grad()):
             stack.enter_context(manager)
         for layer in layers:
-            stack.enter_context(_at_layer(model, layer, partial(watch, layer=layer)))
+            stack.enter_context(at_layer(model, layer, partial(watch, layer=layer)))
         logits = model(x.detach())
         index = logits.detach().argmax(1) if guide == "predicted" else y
         score = full_precision(logits).gather(1, index[:, None]).sum()
@@ -396,7 +275,8 @@ class AALP(ALP):
     :param ramp: The share of the run, 0 to 1, over which the rate rises linearly from 0.
     :param guide: One of :data:`GUIDES`.
     :param layer: The guided layer: a submodule's name, or ``"name:input"`` for what goes into it; several names for several
-        layers; ``None`` finds the last feature map before global pooling, see :func:`find_guided_layer`.
+        layers; ``None`` finds the last feature map before global pooling, see
+        :func:`~art_saliency.methods.layers.find_guided_layer`.
     :param probability: With which each candidate is dropped, above 0 to 1.
     :param rescale: Whether what is left is scaled up.
     :param branches: One of :data:`BRANCHES`.
@@ -454,7 +334,7 @@ class AALP(ALP):
         masks, terms = self._masks(model, batch, x_adv, rate) if rate > 0 else ({}, {})
         with ExitStack() as stack:
             for layer, mask in masks.items():
-                stack.enter_context(_at_layer(model, layer, partial(_masked, mask=mask)))
+                stack.enter_context(at_layer(model, layer, partial(_masked, mask=mask)))
             clean_logits, adv_logits = joint_logits(model, batch.x, x_adv)
         loss = aalp_loss(
             clean_logits,
@@ -542,7 +422,7 @@ class _Masked(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with ExitStack() as stack:
             for layer, mask in self.masks.items():
-                stack.enter_context(_at_layer(self.model, layer, partial(_masked, mask=mask)))
+                stack.enter_context(at_layer(self.model, layer, partial(_masked, mask=mask)))
             logits: Tensor = self.model(x)
         return logits
 
