@@ -91,6 +91,21 @@ class ThreatModel:
         radius = _rows(uniform(x.flatten(1)[:, :1], random), x)
         return (x + self.eps * radius * _unit(direction)).clamp(0, 1)
 
+    def random_extreme_point(self, x: Tensor, random: RandomSource | None = None) -> Tensor:
+        """
+        A point as far away as the ball goes: a corner of the cube for Linf, each with the same probability, a uniform direction for L2.
+
+        What is linear on the ball is greatest at such a point. (What leaves the pixel range is clipped.)
+
+        :param x: (N, C, H, W) in [0, 1].
+        :param random: Where the random numbers come from; ``None`` is torch's global generator.
+        :return: (N, C, H, W) in [0, 1].
+        """
+        if self.norm == "Linf":
+            signs = 2 * (uniform(x, random) >= 0.5).to(x.dtype) - 1
+            return (x + self.eps * signs).clamp(0, 1)
+        return (x + self.eps * _unit(normal(x, random))).clamp(0, 1)
+
     def ascent_direction(self, gradient: Tensor) -> Tensor:
         """
         The unit step that raises a linear function most: the sign for Linf, the normalised gradient for L2.

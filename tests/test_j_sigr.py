@@ -170,23 +170,21 @@ def test_during_warm_up_both_weights_rise_linearly():
     assert at[1.0] > at[0.0] + 1e-4
 
 
-def test_the_loss_of_a_random_point_is_that_of_an_image_there():
-    model = smooth_network()
-    for norm, length in (("Linf", lambda d: d.abs().amax((1, 2, 3))), ("L2", lambda d: d.flatten(1).norm(dim=1))):
-        data, there = batch(), batch()
-        there.x = ThreatModel(norm, 0.2).random_start(data.x, RandomSource(0))
-        moved = length(there.x - data.x)
-        assert bool((moved > 0.01).all())
-        assert bool((moved <= 0.2 + 1e-12).all())
-        options = {
-            "eps": 0.2,
-            "norm": norm,
-            "projections": None,
-        }  # no wrong class is drawn: the point is all that is random
-        ours, expected = JSIGR(**options)(model, data), at_image(**options)(model, there)
-        torch.testing.assert_close(ours.loss, expected.loss)
-        torch.testing.assert_close(ours.logits, model(there.x))
-        assert abs(float((ours.loss - at_image(**options)(model, batch()).loss).detach())) > 1e-4
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize(
+    ("point", "draw"), [("extreme-point", ThreatModel.random_extreme_point), ("random-point", ThreatModel.random_start)]
+)
+def test_the_loss_of_a_point_is_that_of_an_image_there(point, draw, norm):
+    model, threat, data, there = smooth_network(), ThreatModel(norm, 0.2), batch(), batch()
+    there.x = draw(threat, data.x, RandomSource(0))
+    moved = threat.distance(there.x, data.x)
+    assert bool((moved > 0.01).all())
+    assert bool((moved <= 0.2 + 1e-12).all())
+    options = {"eps": 0.2, "norm": norm, "projections": None}  # no wrong class is drawn: the point is all that is random
+    ours, expected = JSIGR(linearise_at=point, **options)(model, data), at_image(**options)(model, there)
+    torch.testing.assert_close(ours.loss, expected.loss)
+    torch.testing.assert_close(ours.logits, model(there.x))
+    assert abs(float((ours.loss - at_image(**options)(model, batch()).loss).detach())) > 1e-4
 
 
 def test_in_the_margin_a_linear_network_is_trained_on_its_worst_case():

@@ -162,6 +162,26 @@ def test_l2_starts_have_a_uniform_radius_and_a_uniform_direction():
         assert stats.kstest(coordinate.numpy(), stats.uniform(-1, 2).cdf).pvalue > 0.01
 
 
+@both_norms
+def test_extreme_points_are_as_far_as_the_ball_goes_and_each_as_likely(norm):
+    x = torch.full((4000, 1, 1, 3), 0.5, dtype=torch.float64)
+    threat = ThreatModel(norm, 0.2)
+    there = threat.random_extreme_point(x, RandomSource(0))
+    assert torch.equal(there, threat.random_extreme_point(x, RandomSource(0)))
+    torch.testing.assert_close(threat.distance(there, x), torch.full((4000,), 0.2, dtype=torch.float64))
+    delta = (there - x).flatten(1) / 0.2
+    if norm == "Linf":
+        corners = ((delta > 0).long() * torch.tensor([4, 2, 1])).sum(1).bincount()
+        torch.testing.assert_close(delta.abs(), torch.ones_like(delta))
+        assert stats.chisquare(corners.numpy()).pvalue > 0.01
+    else:
+        for coordinate in delta.T:
+            assert stats.kstest(coordinate.numpy(), stats.uniform(-1, 2).cdf).pvalue > 0.01
+    edge = threat.random_extreme_point(torch.zeros(8, 1, 4, 4), RandomSource(0))
+    assert float(edge.min()) == 0
+    assert float(edge.max()) <= 0.2 + 1e-7
+
+
 # ---- steepest ascent and distance ----------------------------------------------------------------------------------
 
 

@@ -118,8 +118,13 @@ DIRECTIONS: dict[str, Callable[[Tensor, Tensor, int | None, RandomSource | None]
 # --- where gradients are taken ----------------------------------------------------------------------------------------
 
 
+def extreme_point(x: Tensor, threat: ThreatModel, random: RandomSource | None) -> Tensor:
+    """:return: A random extreme point of the ball (a corner for Linf), where adversarial examples lie; it is none, being random."""
+    return threat.random_extreme_point(x, random)
+
+
 def random_point(x: Tensor, threat: ThreatModel, random: RandomSource | None) -> Tensor:
-    """:return: A random point of the ball, no adversarial example: a gradient there tells of the ball, not of its centre alone."""
+    """:return: A random point inside the ball, half as far from its centre on average."""
     return threat.random_start(x, random)
 
 
@@ -129,6 +134,7 @@ def image_itself(x: Tensor, threat: ThreatModel, random: RandomSource | None) ->
 
 
 LINEARISE_AT: dict[str, Callable[[Tensor, ThreatModel, RandomSource | None], Tensor]] = {
+    "extreme-point": extreme_point,
     "random-point": random_point,
     "image": image_itself,
 }
@@ -215,12 +221,12 @@ class JSIGR(Objective):
     """
     J-SIGR, reconstructed: L = mean_i [ CE(z_i + lambda_j |J_i| e_k, y_i) + lambda_s |M_i * g_i| ]. No adversarial examples.
 
-    J = dz/dx is the Jacobian of the logits at a random point of the ball, |J| the size of its row e_y - e_k, k a wrong class, which
+    J = dz/dx is the Jacobian of the logits at a random corner of the ball, |J| the size of its row e_y - e_k, k a wrong class, which
     the cross-entropy has taken from the margin; g is the input gradient there, M = 1 - S the pixels that perturbation saliency leaves
     out. |.| is the size of a gradient, see `penalty`.
 
     :param eps: Radius of the threat model, in pixel units: checkpoints are selected at it, ``penalty="dual"`` weighs by it, and
-        ``linearise_at="random-point"`` draws within it.
+        `linearise_at` draws from its ball.
     :param norm: ``"Linf"`` or ``"L2"``.
     :param lambda_j: Weight of the Jacobian's norm, at least 0; 0 leaves the term and its cost out. ``None`` takes 1 in the margin, the
         bound to first order (more allows for curvature), and 0.25 beside it.
@@ -230,7 +236,8 @@ class JSIGR(Objective):
     :param directions: What the Jacobian is projected on: ``"margin"``, true class against a drawn wrong one;
         ``"sphere"``, a random direction of all logits: with ``penalty="squared"`` that estimates ||J||_F^2 / 2.
     :param jacobian: ``"in-margin"``: CE(z + lambda_j |J| e_k), for margin directions; ``"added"``: CE + lambda_j |J|.
-    :param linearise_at: Where logits and gradients are taken: ``"random-point"`` of the ball, or the ``"image"`` itself.
+    :param linearise_at: Where logits and gradients are taken: a random ``"extreme-point"`` of the ball (a corner for
+        Linf), a ``"random-point"`` inside it, or the ``"image"`` itself.
     :param projections: Directions a sample and step, at least 1; ``None`` takes all K.
     :param selective_on: What g is the gradient of: ``"loss"`` or the true class's ``"logit"``.
     :param saliency_share: The share of the pixels that is salient and left free, 0 to 1.
@@ -262,7 +269,7 @@ class JSIGR(Objective):
         penalty: str = "dual",
         directions: str = "margin",
         jacobian: str = "in-margin",
-        linearise_at: str = "random-point",
+        linearise_at: str = "extreme-point",
         projections: int | None = 1,
         selective_on: str = "loss",
         saliency_share: float = 0.3,

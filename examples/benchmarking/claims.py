@@ -65,6 +65,7 @@ CLAIMS = {
             ("j-sigr@silu", "fgsm-rs"),
             ("j-sigr@silu", "j-sigr:lambda_s=0@silu"),
             ("j-sigr:lambda_j=2@silu", "pgd-at"),
+            ("j-sigr@silu", "j-sigr:linearise_at=random-point@silu"),
             ("j-sigr@silu", "j-sigr:linearise_at=image@silu"),
             ("j-sigr@silu", "j-sigr:jacobian=added:linearise_at=image@silu"),
         ),

@@ -130,17 +130,19 @@ _FSR_WEAKER = ("fsr+pgd-at:lambda_sep=0.1:lambda_rec=0.1", "fsr+pgd-at:aux_warmu
 _J_SIGR_FORMS = (
     "j-sigr:lambda_s=0@silu",
     "j-sigr:lambda_j=2@silu",
+    "j-sigr:linearise_at=random-point@silu",
     "j-sigr:linearise_at=image@silu",
     "j-sigr:jacobian=added:linearise_at=image@silu",
 )
 J_SIGR_TRIED = (
     *_J_SIGR_FORMS,
     "j-sigr:lambda_j=3@silu",
-    "j-sigr:jacobian=added@silu",
+    "j-sigr:lambda_j=2:linearise_at=random-point@silu",
+    "j-sigr:jacobian=added:linearise_at=random-point@silu",
     "j-sigr:jacobian=added:linearise_at=image:lambda_j=0.5@silu",
     "j-sigr:jacobian=added:linearise_at=image:directions=sphere:lambda_j=0.3@silu",
 )
-"""J-SIGR's forms on held-out images; the first four are controls on test images too."""
+"""J-SIGR's forms on held-out images; the first five are controls on test images too."""
 _CONTROL_ARMS = (
     "adapter+pgd-at",
     *_FSR_WEAKER,
