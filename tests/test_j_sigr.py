@@ -180,7 +180,8 @@ def test_the_loss_of_a_point_is_that_of_an_image_there(point, draw, norm):
     moved = threat.distance(there.x, data.x)
     assert bool((moved > 0.01).all())
     assert bool((moved <= 0.2 + 1e-12).all())
-    options = {"eps": 0.2, "norm": norm, "projections": None}  # no wrong class is drawn: the point is all that is random
+    # No wrong class is drawn: the point is all that is random.
+    options = {"eps": 0.2, "norm": norm, "projections": None}
     ours, expected = JSIGR(linearise_at=point, **options)(model, data), at_image(**options)(model, there)
     torch.testing.assert_close(ours.loss, expected.loss)
     torch.testing.assert_close(ours.logits, model(there.x))
