@@ -149,6 +149,7 @@ class Checkpoints:
         """
         self._identity, self._engine = json.loads(json.dumps({**identity, "processes": launched()[1]})), engine
         before = {"processes": 1, **self.identity}  # a run of a version that kept those of one process alone
+        self._agree()  # a process that is refused and ends must not break the connection of one that has yet to come here
         if self._found is not None and (found := differences(before, self._identity)):
             shown = "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
             raise _checks.refuse(
