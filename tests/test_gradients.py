@@ -127,6 +127,16 @@ def test_importance_is_the_sum_over_channels_of_absolute_values():
 # ---- top_share_mask ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_the_mask_is_what_sorting_gives_with_ties_in_the_order_of_their_lots(share):
+    scores = (torch.rand(6, 1, 8, 9, generator=torch.Generator().manual_seed(0)) * 5).floor()
+    flat, lots = scores.flatten(1), RandomSource(3).uniform(scores.flatten(1))
+    shuffled = lots.argsort(1)
+    ranked = flat.gather(1, shuffled).argsort(dim=1, descending=True, stable=True)[:, : round(share * 72)]
+    expected = torch.zeros_like(flat).scatter_(1, shuffled.gather(1, ranked), 1.0).view_as(scores)
+    assert torch.equal(top_share_mask(scores, share, RandomSource(3)), expected)
+
+
 @given(
     share=st.floats(0, 1),
     size=st.tuples(st.integers(1, 5), st.integers(1, 5)),
