@@ -22,6 +22,7 @@ from art_saliency.methods.adv_gsct import (
 )
 from art_saliency.methods.base import Batch
 from art_saliency.randomness import RandomSource
+from art_saliency.threat import ThreatModel
 from tests.references import adv_gsct_reference as reference
 
 WEIGHTS = ("consensus", "l2_consensus", "prediction_consensus", "linearity")
@@ -44,11 +45,19 @@ def batch(channels=1, count=3, classes=4, seed=0, progress=1.0):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("rho", [0.0, 0.3])
 @pytest.mark.parametrize("on", [*WEIGHTS, None, "all"])
-def test_loss_and_weight_gradient_equal_the_slow_oracle(channels, rho, on):
+@pytest.mark.parametrize(
+    ("offending", "draw"),
+    [
+        ("extreme-point", ThreatModel.random_extreme_point),
+        ("random-start", ThreatModel.random_start),
+        ("zero-start", lambda threat, x, random: x),
+    ],
+)
+def test_loss_and_weight_gradient_equal_the_slow_oracle(channels, rho, on, offending, draw):
     weights = {name: {"all": 0.7, None: 0.0}.get(on, 0.7 if name == on else 0.0) for name in WEIGHTS}
     model, data = smooth_network(channels), batch(channels)
-    objective = AdvGSCT(eps=0.1, eps_step=0.125, rho=rho, warmup_share=0.0, **weights)
-    starts = objective.threat.random_start(data.x, RandomSource(0))  # the first draw of the same source
+    objective = AdvGSCT(eps=0.1, eps_step=0.125, rho=rho, warmup_share=0.0, offending=offending, **weights)
+    starts = draw(objective.threat, data.x, RandomSource(0))  # the first draw of the same source
     data.random = RandomSource(0)
 
     result = objective(model, data)
@@ -224,7 +233,7 @@ def test_linearity_error_is_zero_for_a_linear_score_and_divergence_for_equal_pre
     count=st.integers(1, 5),
     channels=st.sampled_from([1, 3]),
     saliency=st.sampled_from(["loss", "logit", "margin"]),
-    offending=st.sampled_from(["random-start", "zero-start", "noise-augmented"]),
+    offending=st.sampled_from(["extreme-point", "random-start", "zero-start", "noise-augmented"]),
     pseudo_input=st.sampled_from(["essential", "one-step", "lowest-noise", "convex-mix"]),
     label_on=st.sampled_from(["pseudo-input", "both"]),
     norm=st.sampled_from(["Linf", "L2"]),
@@ -299,10 +308,10 @@ def saliency_consensus(model, x, y, eps):
 
 
 def test_training_raises_saliency_consensus_over_the_same_method_without_it(digits):
-    """The effect the method exists for, at its defaults, in standard errors over seeds; the control differs in one weight only."""
+    """The effect the method exists for, at its defaults: in each of eight seeds. The control differs in one weight only."""
     x, y, x_test, y_test = digits
     gains = []
-    for seed in range(4):
+    for seed in range(8):
         found = []
         for weight in ({}, {"consensus": 0.0}):
             torch.manual_seed(seed)
@@ -318,5 +327,4 @@ def test_training_raises_saliency_consensus_over_the_same_method_without_it(digi
                 optimizer.step()
             found.append(saliency_consensus(model, x_test, y_test, 0.15))
         gains.append(found[0] - found[1])
-    gains = torch.tensor(gains)
-    assert float(gains.mean()) > 3 * float(gains.std() / len(gains) ** 0.5), gains
+    assert min(gains) > 0, gains  # by chance once in 256 times

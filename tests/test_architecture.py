@@ -50,7 +50,7 @@ LEVEL = {part: number for number, parts in enumerate(LEVELS) for part in parts}
 
 MAY_SEE = {
     "training": {"methods": ("base", "baselines"), "evaluation": ("accuracy",)},
-    "methods": {"methods": ("base", "baselines", "layers", "surgery")},
+    "methods": {"methods": ("base", "baselines", "layers", "points", "surgery")},
 }
 """Parts of which only these modules may be imported from there: the loop knows no method, and no method another one."""
 

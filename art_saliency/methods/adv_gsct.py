@@ -18,6 +18,7 @@ from art_saliency.attacks import AdaptiveAttack, InnerAttack, Reachable, cross_e
 from art_saliency.gradients import cosine, importance, input_gradient, top_share_mask
 from art_saliency.methods.base import Batch, LossTerms, Objective, warmup
 from art_saliency.methods.baselines import full_precision, kl_divergence
+from art_saliency.methods.points import Point, extreme_point, image_itself, random_point
 from art_saliency.modes import evaluating, frozen, refuse_dropout, side_pass
 from art_saliency.randomness import RandomSource, uniform
 from art_saliency.threat import ThreatModel
@@ -90,16 +91,6 @@ BASELINES: dict[str, Callable[[Tensor], Tensor]] = {
 # --- offending: the point x0 where the learned saliency is taken ------------------------------------------------------
 
 
-def random_start(x: Tensor, threat: ThreatModel, random: RandomSource | None) -> Tensor:
-    """:return: A random point of the ball: x0 = clamp(x + U(-eps, eps), 0, 1)."""
-    return threat.random_start(x, random)
-
-
-def zero_start(x: Tensor, threat: ThreatModel, random: RandomSource | None) -> Tensor:
-    """:return: The clean image itself."""
-    return x
-
-
 def noise_augmented(x: Tensor, threat: ThreatModel, random: RandomSource | None) -> Tensor:
     """:return: x + U(-2 eps, 2 eps), clamped to [0, 1] but not to the ball (as N-FGSM, de Jorge et al. 2022)."""
     return ThreatModel(threat.norm, min(2 * threat.eps, 1.0) if threat.norm == "Linf" else 2 * threat.eps).random_start(
@@ -107,9 +98,10 @@ def noise_augmented(x: Tensor, threat: ThreatModel, random: RandomSource | None)
     )
 
 
-OFFENDING: dict[str, Callable[[Tensor, ThreatModel, RandomSource | None], Tensor]] = {
-    "random-start": random_start,
-    "zero-start": zero_start,
+OFFENDING: dict[str, Point] = {
+    "extreme-point": extreme_point,
+    "random-start": random_point,
+    "zero-start": image_itself,
     "noise-augmented": noise_augmented,
 }
 """Where the learned saliency may be taken: (x, threat, random) -> x0."""
@@ -248,7 +240,8 @@ class AdvGSCT(Objective):
     :param eps_warmup_share: The share of the run over which the radius rises from 0: a network that is met with the full one at
         first may never leave the plateau on which it predicts one class for everything.
     :param saliency: What is differentiated: ``"loss"``, ``"logit"`` or ``"margin"``, or a function (logits, y) -> (N,).
-    :param offending: Where the learned saliency is taken: ``"random-start"``, ``"zero-start"``, ``"noise-augmented"``.
+    :param offending: Where the learned saliency is taken: a random ``"extreme-point"`` of the ball (a corner for Linf), a
+        ``"random-start"`` inside it, ``"zero-start"`` (the image) or ``"noise-augmented"``.
     :param pseudo_input: ``"essential"``, ``"one-step"``, ``"lowest-noise"``, ``"convex-mix"``.
     :param baseline: What a drained pixel moves to: ``"auto"``, ``"zero"``, ``"channel-mean"``.
     :param label_on: Which images the classification loss sees: ``"pseudo-input"``, or ``"both"`` for the mean with clean ones.
@@ -269,15 +262,15 @@ class AdvGSCT(Objective):
         eps: float,
         norm: str = "Linf",
         eps_step: float | None = None,
-        rho: float = 0.3,
+        rho: float = 0.1,
         consensus: float = 1.0,
         l2_consensus: float = 0.0,
-        prediction_consensus: float = 3.0,
+        prediction_consensus: float = 6.0,
         linearity: float = 0.0,
         warmup_share: float = 0.2,
         eps_warmup_share: float = 0.2,
         saliency: str | Callable[[Tensor, Tensor], Tensor] = "loss",
-        offending: str | Callable[[Tensor, ThreatModel, RandomSource | None], Tensor] = "random-start",
+        offending: str | Point = "extreme-point",
         pseudo_input: str | PseudoInput = "essential",
         baseline: str | Callable[[Tensor], Tensor] = "auto",
         label_on: str = "pseudo-input",

@@ -22,6 +22,7 @@ from art_saliency.attacks import AdaptiveAttack, InnerAttack, Reachable, cross_e
 from art_saliency.gradients import input_gradient, jacobian_projection, sphere_directions
 from art_saliency.methods.base import Batch, LossTerms, Objective, warmup
 from art_saliency.methods.baselines import full_precision
+from art_saliency.methods.points import Point, extreme_point, image_itself, random_point
 from art_saliency.modes import refuse_dropout, side_pass
 from art_saliency.perturbation_saliency import (
     SCORES,
@@ -118,22 +119,7 @@ DIRECTIONS: dict[str, Callable[[Tensor, Tensor, int | None, RandomSource | None]
 # --- where gradients are taken ----------------------------------------------------------------------------------------
 
 
-def extreme_point(x: Tensor, threat: ThreatModel, random: RandomSource | None) -> Tensor:
-    """:return: A random extreme point of the ball (a corner for Linf), where adversarial examples lie; it is none, being random."""
-    return threat.random_extreme_point(x, random)
-
-
-def random_point(x: Tensor, threat: ThreatModel, random: RandomSource | None) -> Tensor:
-    """:return: A random point inside the ball, half as far from its centre on average."""
-    return threat.random_start(x, random)
-
-
-def image_itself(x: Tensor, threat: ThreatModel, random: RandomSource | None) -> Tensor:
-    """:return: `x`."""
-    return x
-
-
-LINEARISE_AT: dict[str, Callable[[Tensor, ThreatModel, RandomSource | None], Tensor]] = {
+LINEARISE_AT: dict[str, Point] = {
     "extreme-point": extreme_point,
     "random-point": random_point,
     "image": image_itself,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarking.grids import J_SIGR_TRIED, METHODS
+from benchmarking.grids import ADV_GSCT_TRIED, J_SIGR_TRIED, METHODS
 
 __all__ = ["CLAIMS", "HEADLINE", "Claim"]
 
@@ -33,9 +33,7 @@ CLAIMS = {
             "fgsm-rs",
             "pgd-at",
             "adv-gsct",
-            "adv-gsct:consensus=0",
-            "adv-gsct:prediction_consensus=0",
-            "adv-gsct:rho=0",
+            *ADV_GSCT_TRIED,
             "adv-gsct:form=finite-difference:consensus=0.1",
         ),
         (
@@ -43,7 +41,10 @@ CLAIMS = {
             ("adv-gsct", "pgd-at"),
             ("adv-gsct", "adv-gsct:consensus=0"),
             ("adv-gsct", "adv-gsct:prediction_consensus=0"),
+            ("adv-gsct", "adv-gsct:consensus=0:prediction_consensus=0"),
             ("adv-gsct", "adv-gsct:rho=0"),
+            ("adv-gsct", "adv-gsct:offending=random-start"),
+            ("adv-gsct", "adv-gsct:offending=random-start:prediction_consensus=3:rho=0.3"),
             ("adv-gsct:form=finite-difference:consensus=0.1", "adv-gsct"),
         ),
     ),
