@@ -78,6 +78,16 @@ def test_a_method_learns_and_keeps_arts_contract(method, digits):
     assert trainer.config().items() >= trainer.objective.config().items()
 
 
+@pytest.mark.parametrize(("eps", "stays"), [(0.45, True), (0.1, False)])
+def test_a_run_that_never_leaves_its_beginning_says_so(digits, eps, stays):
+    trainer = PGDATTrainer(classifier(small_network()), eps=eps, max_iter=4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(digits[0], digits[1], nb_epochs=10, batch_size=96, seed=0, verbose=False)
+    assert any("has not left the plateau" in str(warning.message) for warning in caught) is stays
+    assert (trainer.history[-1]["train_accuracy"] < 0.2) is stays
+
+
 @pytest.mark.parametrize("method", ROWS)
 def test_the_same_seed_gives_the_same_weights_and_the_global_generator_is_untouched(method, digits):
     found = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from art_saliency.training import Extension, History, train
 from art_saliency.training.batches import ResidentBatches
 from art_saliency.training.cost import forward_backward_passes
 from art_saliency.training.engine import Engine
-from art_saliency.training.extensions import OverfittingWatch
+from art_saliency.training.extensions import OverfittingWatch, PlateauWatch
 from art_saliency.training.records import Progress
 from tests.method_settings import small_network
 
@@ -282,6 +283,51 @@ def test_catastrophic_overfitting_is_seen_and_said():
         watch.after_epoch(Run, record)
         Run.logits = torch.tensor([[0.0, 1.0]]).repeat(8, 1)
         OverfittingWatch(ThreatModel("Linf", 0.4)).after_epoch(Run, record)
+
+
+def watched(**changes):
+    """What a plateau watch says of an epoch's end: 16 images of 4 classes, all taken for class 2, late in a run, unless changed."""
+    values = {"step": 100, "progress": 0.5, "y": torch.arange(16) % 4, "logits": torch.eye(4)[[2] * 16], "epoch": 3}
+    values |= {"objective": PGDAT(eps=0.1, eps_warmup_share=0.2)} | changes
+    batch = Batch(torch.zeros(len(values["y"]), 1, 2, 2), values["y"], progress=values["progress"])
+    run = SimpleNamespace(**{k: values[k] for k in ("step", "epoch", "objective", "logits")}, batch=batch)
+    watch = PlateauWatch()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        watch.after_epoch(run, {})
+        watch.after_epoch(run, {})
+        again = PlateauWatch()
+        again.load_state_dict(watch.state_dict())
+        again.after_epoch(run, {})
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_network_that_takes_all_for_one_class_is_said_once_with_what_cures_it():
+    (sentence,) = watched()
+    assert "all 16 images" in sentence
+    assert "class 2" in sentence
+    assert "eps_warmup_share, now 0.2" in sentence
+    (sentence,) = watched(objective=Standard())
+    assert "eps_warmup_share" not in sentence
+    assert "learning rate" in sentence
+    (sentence,) = watched(y=torch.eye(4)[torch.arange(16) % 4])
+    assert "class 2" in sentence
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": 99},
+        {"progress": 0.3},
+        {"objective": PGDAT(eps=0.1, eps_warmup_share=0.6)},
+        {"logits": torch.eye(4)[[2] * 15 + [1]]},
+        {"y": torch.full((16,), 3)},
+        {"y": torch.arange(15) % 4, "logits": torch.eye(4)[[2] * 15]},
+    ],
+    ids=["few steps", "early", "the radius still rises", "two classes", "a batch of one class", "a small batch"],
+)
+def test_nothing_is_said_of_a_plateau_too_early_or_without_one(changes):
+    assert watched(**changes) == []
 
 
 @pytest.mark.parametrize(("eps", "collapses"), [(0.4, True), (0.2, False)])

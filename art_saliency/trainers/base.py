@@ -30,7 +30,7 @@ from art_saliency.trainers.teacher import teacher_maps, trained_teacher
 from art_saliency.training.batches import Batches, ImageView, ResidentBatches, StreamedBatches
 from art_saliency.training.checkpoint import MAPS, Checkpoints
 from art_saliency.training.engine import Engine, launched
-from art_saliency.training.extensions import OverfittingWatch, Validation
+from art_saliency.training.extensions import OverfittingWatch, PlateauWatch, Validation
 from art_saliency.training.loop import train
 from art_saliency.training.records import History, Progress
 from art_saliency.training.schedules import Schedule
@@ -414,6 +414,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
             extensions += [Validation(*validation, threat=threat, every=options.validate_every), selection]
         if self.objective.single_step and threat is not None:
             extensions.append(OverfittingWatch(threat))
+        extensions.append(PlateauWatch())
         extensions.extend(options.extensions)
         if options.verbose:
             extensions.append(Progress(self.method_name()))

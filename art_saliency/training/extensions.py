@@ -20,7 +20,7 @@ from art_saliency.training.batches import ImageView
 if TYPE_CHECKING:
     from art_saliency.training.loop import Run
 
-__all__ = ["Extension", "OverfittingWatch", "Validation"]
+__all__ = ["Extension", "OverfittingWatch", "PlateauWatch", "Validation"]
 
 _PIECE = 1 << 22  # bytes
 
@@ -123,7 +123,27 @@ class Validation(Extension):
             yield self.x[start : start + rows], self.y[start : start + rows]
 
 
-class OverfittingWatch(Extension):
+class _SaysOnce(Extension):
+    """What warns once a run, a resumed one included."""
+
+    def __init__(self) -> None:
+        self.warned = False
+
+    def say(self, sentence: str) -> None:
+        """Warn. (The place named is the loop's.)"""
+        self.warned = True
+        warnings.warn(sentence, stacklevel=3)
+
+    def state_dict(self) -> dict[str, Any]:
+        """:return: Whether it was said."""
+        return {"warned": self.warned}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was taken."""
+        self.warned = bool(state["warned"])
+
+
+class OverfittingWatch(_SaysOnce):
     """
     Catastrophic overfitting (Wong et al. 2020): a network that single-step training made robust to single steps only.
 
@@ -136,8 +156,8 @@ class OverfittingWatch(Extension):
     """
 
     def __init__(self, threat: ThreatModel, *, share: float = 1 / 3, max_iter: int = 10) -> None:
+        super().__init__()
         self.threat, self.share, self.max_iter = threat, share, max_iter
-        self.warned = False
 
     def after_epoch(self, run: Run, record: dict[str, Any]) -> None:
         """Measure, write down, and warn once."""
@@ -151,18 +171,45 @@ class OverfittingWatch(Extension):
         on_own_examples = float((run.logits.argmax(1) == y).float().mean())
         record["train_pgd_accuracy"] = against_pgd
         if against_pgd < self.share * on_own_examples and on_own_examples > 0.3 and not self.warned:
-            self.warned = True
-            warnings.warn(
+            self.say(
                 f"epoch {run.epoch}: {on_own_examples:.0%} of a training batch is classified right on the method's single-step "
                 f"examples but {against_pgd:.0%} under PGD-{self.max_iter}: catastrophic overfitting. Lower eps or the learning "
-                f"rate, shorten training, or use an iterative method",
-                stacklevel=2,
+                f"rate, shorten training, or use an iterative method"
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        """:return: Whether it was said."""
-        return {"warned": self.warned}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken."""
-        self.warned = bool(state["warned"])
+class PlateauWatch(_SaysOnce):
+    """
+    A network that takes every image for one class: adversarial training that meets the whole radius too early may never leave the
+    plateau on which it began.
+
+    After an epoch the logits of the last training batch are looked at, and a warning is given once, when the radius has risen
+    (:meth:`~art_saliency.methods.base.Objective.radius`) and a third of the run and `steps` steps are over.
+
+    :param steps: Fewer are too few to leave any plateau. :param images: A smaller batch may well be of one class.
+    """
+
+    def __init__(self, *, steps: int = 100, images: int = 16) -> None:
+        super().__init__()
+        self.steps, self.images = steps, images
+
+    def after_epoch(self, run: Run, record: dict[str, Any]) -> None:
+        """Look, and warn once."""
+        if self.warned or run.batch is None or run.logits is None:
+            return
+        y = run.batch.y if run.batch.y.ndim == 1 else run.batch.y.argmax(1)
+        early = run.step < self.steps or run.batch.progress < 1 / 3 or run.objective.radius(run.batch.progress) < 1
+        if early or len(y) < self.images or len(y.unique()) == 1:
+            return
+        taken_for = run.logits.argmax(1).unique()
+        if len(taken_for) > 1:
+            return
+        longer = (
+            f"let the radius rise over a larger share of the run (eps_warmup_share, now {run.objective.eps_warmup_share:g}), "
+            if "eps_warmup_share" in run.objective.parameter_names()
+            else ""
+        )
+        self.say(
+            f"epoch {run.epoch}: all {len(y)} images of a training batch are taken for class {int(taken_for)}: the network has not "
+            f"left the plateau on which training began. To cure it, {longer}lower the learning rate, or train longer"
+        )
