@@ -140,7 +140,6 @@ ADV_GSCT_TRIED = (
     "adv-gsct:prediction_consensus=3",
     "adv-gsct:prediction_consensus=10",
     "adv-gsct:rho=0.3",
-    "adv-gsct:eps_step=0.4",
 )
 """Adv-GSCT's forms on held-out images; the first five are controls on test images too, the sixth is what its defaults were."""
 _J_SIGR_FORMS = (
