@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarking.grids import ADV_GSCT_TRIED, J_SIGR_TRIED, METHODS
+from benchmarking.grids import ADV_GSCT_FORMS, ADV_GSCT_TRIED, J_SIGR_TRIED, METHODS
 
 __all__ = ["CLAIMS", "HEADLINE", "Claim"]
 
@@ -33,7 +33,7 @@ CLAIMS = {
             "fgsm-rs",
             "pgd-at",
             "adv-gsct",
-            *ADV_GSCT_TRIED,
+            *dict.fromkeys((*ADV_GSCT_FORMS, *ADV_GSCT_TRIED)),
             "adv-gsct:form=finite-difference:consensus=0.1",
         ),
         (

@@ -15,7 +15,7 @@ from art_saliency.methods.adapter import insert_adapter
 from art_saliency.methods.fsr import fsr_layers, insert_fsr
 from art_saliency.modes import evaluating
 
-__all__ = ["ADV_GSCT_TRIED", "GRIDS", "J_SIGR_TRIED", "METHODS", "Contestant", "Grid", "contestant"]
+__all__ = ["ADV_GSCT_FORMS", "ADV_GSCT_TRIED", "GRIDS", "J_SIGR_TRIED", "METHODS", "Contestant", "Grid", "contestant"]
 
 Prepare = Callable[[nn.Module, Tensor], object]
 """(network, images (2, C, H, W) in [0, 1]): changes a fresh network."""
@@ -127,21 +127,22 @@ METHODS = (
     "fsr+trades",
 )
 _FSR_WEAKER = ("fsr+pgd-at:lambda_sep=0.1:lambda_rec=0.1", "fsr+pgd-at:aux_warmup_share=1")
-_ADV_GSCT_FORMS = (
+ADV_GSCT_FORMS = (
     "adv-gsct:consensus=0",
     "adv-gsct:prediction_consensus=0",
     "adv-gsct:consensus=0:prediction_consensus=0",
     "adv-gsct:rho=0",
     "adv-gsct:offending=random-start",
 )
+"""Adv-GSCT without each of its parts: controls on test images."""
 ADV_GSCT_TRIED = (
-    *_ADV_GSCT_FORMS,
     "adv-gsct:offending=random-start:prediction_consensus=3:rho=0.3",
+    "adv-gsct:offending=random-start",
     "adv-gsct:prediction_consensus=3",
-    "adv-gsct:prediction_consensus=10",
     "adv-gsct:rho=0.3",
+    "adv-gsct:rho=0",
 )
-"""Adv-GSCT's forms on held-out images; the first five are controls on test images too, the sixth is what its defaults were."""
+"""Adv-GSCT's forms on held-out images; the first is what its defaults were."""
 _J_SIGR_FORMS = (
     "j-sigr:lambda_s=0@silu",
     "j-sigr:lambda_j=2@silu",
@@ -163,7 +164,7 @@ _CONTROL_ARMS = (
     *_FSR_WEAKER,
     "fsr+pgd-at:lambda_sep=0:lambda_rec=0",
     "fsr+pgd-at without noise",
-    *_ADV_GSCT_FORMS,
+    *ADV_GSCT_FORMS,
     "adv-gsct:form=finite-difference:consensus=0.1",
     "j-sigr",
     *_J_SIGR_FORMS,
