@@ -1,7 +1,7 @@
 """Adv-GSCT: saliency consensus training.
 
 python examples/adv_gsct.py
-python examples/adv_gsct.py --data mnist.npz --eps 0.3 --epochs 10 --device cuda
+python examples/adv_gsct.py --data mnist.npz --eps 0.2 --epochs 10 --device cuda
 """
 
 import argparse

@@ -199,10 +199,10 @@ class PlateauWatch(_SaysOnce):
             return
         y = run.batch.y if run.batch.y.ndim == 1 else run.batch.y.argmax(1)
         early = run.step < self.steps or run.batch.progress < 1 / 3 or run.objective.radius(run.batch.progress) < 1
-        if early or len(y) < self.images or len(y.unique()) == 1:
+        if early or len(y) < self.images or bool((y == y[0]).all()):
             return
-        taken_for = run.logits.argmax(1).unique()
-        if len(taken_for) > 1:
+        taken_for = run.logits.argmax(1)
+        if not bool((taken_for == taken_for[0]).all()):
             return
         longer = (
             f"let the radius rise over a larger share of the run (eps_warmup_share, now {run.objective.eps_warmup_share:g}), "
@@ -210,6 +210,6 @@ class PlateauWatch(_SaysOnce):
             else ""
         )
         self.say(
-            f"epoch {run.epoch}: all {len(y)} images of a training batch are taken for class {int(taken_for)}: the network has not "
+            f"epoch {run.epoch}: all {len(y)} images of a training batch are taken for class {int(taken_for[0])}: the network has not "
             f"left the plateau on which training began. To cure it, {longer}lower the learning rate, or train longer"
         )
