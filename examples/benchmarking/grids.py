@@ -245,13 +245,13 @@ GRIDS: dict[str, Grid] = {
     "mnist-0.2": Grid(
         title="MNIST (8,000 training images), Linf 0.2, small CNN of width 16, stride 2",
         eps=0.2,
-        arms=(*METHODS, *_CONTROL_OF_EACH, *_FSR_WEAKER),
+        arms=(*METHODS, *_CONTROL_OF_EACH, *_FSR_WEAKER, "j-sigr:lambda_j=2@silu"),
         **_MNIST,
     ),
     "mnist-0.3": Grid(
         title="MNIST (8,000 training images), Linf 0.3, small CNN of width 16, stride 2",
         eps=0.3,
-        arms=(*METHODS, *_CONTROL_OF_EACH),
+        arms=(*METHODS, *_CONTROL_OF_EACH, _FSR_WEAKER[0]),
         **_MNIST,
     ),
     "cifar10-jpeg-10k": Grid(
@@ -263,7 +263,7 @@ GRIDS: dict[str, Grid] = {
         batch_size=128,
         lr=0.01,
         images=100,
-        arms=(*METHODS, *_CONTROL_OF_EACH[:2], _FSR_WEAKER[0]),
+        arms=(*METHODS, *_CONTROL_OF_EACH, _FSR_WEAKER[0]),
         seeds=1,
         audited=0,
         hidden=16,
