@@ -123,6 +123,11 @@ class Validation(Extension):
             yield self.x[start : start + rows], self.y[start : start + rows]
 
 
+def _classes(y: Tensor) -> Tensor:
+    """:return: (N,) of labels that are classes or shares of them (N, K)."""
+    return y if y.ndim == 1 else y.argmax(1)
+
+
 class _SaysOnce(Extension):
     """What warns once a run, a resumed one included."""
 
@@ -163,7 +168,7 @@ class OverfittingWatch(_SaysOnce):
         """Measure, write down, and warn once."""
         if run.batch is None or run.logits is None:
             return
-        x, y = run.batch.x, run.batch.y if run.batch.y.ndim == 1 else run.batch.y.argmax(1)
+        x, y = run.batch.x, _classes(run.batch.y)
         threat = self.threat.scaled(run.objective.radius(run.batch.progress))
         x_adv = pgd(run.model, x, y, threat=threat, max_iter=self.max_iter)
         with evaluating(run.model), torch.no_grad():
@@ -197,7 +202,7 @@ class PlateauWatch(_SaysOnce):
         """Look, and warn once."""
         if self.warned or run.batch is None or run.logits is None:
             return
-        y = run.batch.y if run.batch.y.ndim == 1 else run.batch.y.argmax(1)
+        y = _classes(run.batch.y)
         early = run.step < self.steps or run.batch.progress < 1 / 3 or run.objective.radius(run.batch.progress) < 1
         if early or len(y) < self.images or bool((y == y[0]).all()):
             return
