@@ -17,6 +17,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarking.grids import GRIDS
 
@@ -25,12 +26,13 @@ from art_saliency.errors import ArtSaliencyError
 RESULTS = Path(__file__).parent / "results"
 
 
-def standing(out: Path, grid: str, name: str, seed: int) -> bool:
-    """Whether the run is there, made with the grid's and the method's present settings."""
+def standing(out: Path, grid: str, name: str, seed: int) -> dict[str, Any] | None:
+    """The run, if it is there and was made with the grid's and the method's present settings."""
     from benchmarking.running import file_of, stands
 
     path = file_of(out, grid, name, seed)
-    return path.is_file() and stands(json.loads(path.read_text(encoding="utf-8")))
+    page: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return page if page and stands(page) else None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,14 +69,15 @@ def run(args: argparse.Namespace) -> int:
 def show(args: argparse.Namespace) -> int:
     """Say what stands and what is missing."""
     for key, grid in GRIDS.items():
-        missing = [
-            f"{name} seed {seed}"
-            for seed in range(grid.seeds)
-            for name in grid.arms
-            if not standing(args.out, key, name, seed)
-        ]
-        total = grid.seeds * len(grid.arms)
-        print(f"{key}: {total - len(missing)} of {total} runs" + (f"; next: {missing[0]}" if missing else ""))
+        found = {(name, seed): standing(args.out, key, name, seed) for seed in range(grid.seeds) for name in grid.arms}
+        missing = [f"{name} seed {seed}" for (name, seed), page in found.items() if not page]
+        audited = sum("audit" in page for page in found.values() if page)
+        print(
+            f"{key}: {len(found) - len(missing)} of {len(found)} runs",
+            *([f"{audited} of {len(grid.arms)} audits"] if grid.audited else []),
+            *([f"next: {missing[0]}"] if missing else []),
+            sep="; ",
+        )
     return 0
 
 

@@ -161,6 +161,9 @@ def test_a_run_is_written_left_alone_and_made_anew_when_its_settings_change(tiny
     capsys.readouterr()
     assert benchmark.main(["list", *out]) == 0
     assert "digits: 2 of 4 runs; next: standard seed 1" in capsys.readouterr().out
+    monkeypatch.setitem(grids.GRIDS, "digits", replace(tiny, audited=16))
+    assert benchmark.main(["list", *out]) == 0
+    assert "digits: 2 of 4 runs; 0 of 2 audits; next: standard seed 1" in capsys.readouterr().out
     monkeypatch.setitem(grids.GRIDS, "digits", replace(tiny, lr=0.02))
     assert not benchmark.standing(tmp_path, "digits", "standard", 0)
     monkeypatch.setitem(grids.GRIDS, "digits", tiny)
@@ -231,3 +234,22 @@ def test_a_difference_is_taken_seed_by_seed_and_judged_by_two_deviations():
     assert pages._judgement([-v for v in values]) == "a loss"
     assert pages._judgement([5.0, -1.0, 3.0]) == "open"
     assert pages._judgement([5.0, 5.0]) == "too few seeds"
+
+
+def test_the_page_of_audits_names_each_check_that_gave_the_verdict_and_its_figure():
+    checks = [
+        {"name": "a check", "status": "pass", "figure": "one"},
+        {"name": "another", "status": "masked", "figure": "two"},
+    ]
+    masked = {"verdict": "masked", "reasons": ["another"], "checks": checks}
+    sound = {"verdict": "consistent with true robustness", "reasons": [], "checks": checks[:1]}
+    runs = {
+        "digits": {"pgd-at": [{"audit": sound}, {}], "aalp": [{"audit": masked}, {}], "alp": [{}]},
+        "mnist-0.2": {"alp": [{}]},
+    }
+    text = "\n".join(pages._audits(runs))
+    assert "consistent with true robustness in 1 of 2 arms audited; not in" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| aalp")]
+    assert [cell.strip() for cell in row.strip("|").split("|")] == ["aalp", "masked", "another", "two"]
+    assert "| pgd-at" not in text
+    assert grids.GRIDS["mnist-0.2"].title not in text

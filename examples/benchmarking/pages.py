@@ -159,11 +159,35 @@ def _results(runs: Runs) -> str:
             "",
             *_section(runs, grid, GRIDS[grid].arms, [p for claim in CLAIMS.values() for p in claim.differences]),
         ]
-    lines += [_NOTE, "", "## Figures", ""]
+    lines += [_NOTE, "", "## Audits", "", *_audits(_final(runs)), "## Figures", ""]
     for name, words in [("cost", "Robustness against cost"), *((name, claim.title) for name, claim in CLAIMS.items())]:
         lines += [f"![{words}](figures/{name}.png)", ""]
     lines += ["## Interpretability", "", *_interpretability(_final(runs))]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _audits(runs: Runs) -> list[str]:
+    """Which networks the audit does not call consistent, and what it measured on them."""
+    lines: list[str] = []
+    for grid, found in runs.items():
+        audits = {arm: run["audit"] for arm, those in found.items() for run in those if "audit" in run}
+        if not audits:
+            continue
+        rows = [
+            (arm, verdict["verdict"].split()[0], check["name"], check["figure"])
+            for arm, verdict in audits.items()
+            for check in verdict["checks"]
+            if check["name"] in verdict["reasons"]
+        ]
+        consistent = sum(verdict["verdict"].startswith("consistent") for verdict in audits.values())
+        words = f"consistent with true robustness in {consistent} of {len(audits)} arms audited"
+        lines += [
+            f"**{GRIDS[grid].title}**, {GRIDS[grid].audited} test images, seed 0: {words}{'; not in' if rows else ''}",
+            "",
+        ]
+        if rows:
+            lines += [markdown_table(("arm", "verdict", "check", "measured"), rows, left=4), ""]
+    return lines
 
 
 def _interpretability(runs: Runs) -> list[str]:
