@@ -6,8 +6,9 @@ The experiments behind the README's and the cards' tables: one JSON a run in ``e
     python examples/benchmark.py list                                        what there is and what is missing
     python examples/benchmark.py pages                                       tables and figures anew, from the files
 
-A run that is interrupted is run again from its beginning; one that stands is left alone unless the grid's settings changed. To use
-several processors, start several processes on different seeds.
+A run that stands is left alone unless the grid's settings changed. One that is interrupted is run again from its beginning, or, with
+``--checkpoints FOLDER``, its training from where it was; and what is judged anew is not trained anew. To use several processors, start
+several processes on different seeds.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 from benchmarking.grids import GRIDS
 
-from art_saliency.errors import ArtSaliencyError
+from art_saliency.errors import ArtSaliencyError, TrainingInterrupted
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             if standing(args.out, args.grid, name, seed):
                 continue
             began = time.perf_counter()
-            page = run_one(args.grid, name, seed, data, args.out)
+            page = run_one(args.grid, name, seed, data, args.out, checkpoints=args.checkpoints)
             figures = (page[key]["accuracy"] for key in ("clean", "pgd20", "autoattack", "transfer"))
             print(
                 f"{args.grid} {name} seed {seed}: " + " ".join(f"{100 * value:.1f}" for value in figures),
@@ -108,6 +109,11 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--arms", help="some of the grid's, comma-separated (default: all)")
     command.add_argument("--seeds", type=seeds, help="comma-separated (default: the grid's)")
     command.add_argument(
+        "--checkpoints",
+        type=Path,
+        help="a folder where trainings are kept: an interrupted one is gone on with, a finished one is not trained again",
+    )
+    command.add_argument(
         "--threads", type=int, default=1, help="of torch; figures depend on it a little (default: %(default)s)"
     )
     command.set_defaults(act=run)
@@ -120,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         return args.act(args)
     except ArtSaliencyError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code if isinstance(error, TrainingInterrupted) else 2
 
 
 if __name__ == "__main__":

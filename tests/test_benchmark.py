@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shlex
+import signal
 import statistics
 import sys
 from dataclasses import replace
@@ -21,6 +23,8 @@ import benchmark  # noqa: E402
 from benchmarking import grids, pages, running  # noqa: E402
 from benchmarking.claims import CLAIMS, HEADLINE  # noqa: E402
 from benchmarking.figures import figure_names, recorded  # noqa: E402
+
+from art_saliency.training.engine import Engine  # noqa: E402
 
 RESULTS = ROOT / "examples" / "results"
 STORED = sorted(RESULTS.glob("*/*.json"))
@@ -183,6 +187,15 @@ def test_a_run_is_written_left_alone_and_made_anew_when_its_settings_change(tiny
     assert page["data_sha256"]
 
 
+def _differences(first, second):
+    """What two pages differ in beside the time it took."""
+    for page in (first, second):
+        page["autoattack_details"].pop("seconds")
+        page["history"].pop("seconds")
+        page["cost"].pop("seconds_per_epoch")
+    return {key for key in {*first, *second} if first.get(key) != second.get(key)}
+
+
 def test_equal_seeds_give_equal_networks(tiny, tmp_path):
     for folder in ("a", "b"):
         assert (
@@ -190,11 +203,42 @@ def test_equal_seeds_give_equal_networks(tiny, tmp_path):
             == 0
         )
     first, second = (json.loads((tmp_path / f / "digits" / "standard-seed1.json").read_text()) for f in ("a", "b"))
-    for page in (first, second):
-        page["autoattack_details"].pop("seconds")
-        page["history"].pop("seconds")
-        page["cost"].pop("seconds_per_epoch")
-    assert {k for k in first if first[k] != second[k]} == set()
+    assert _differences(first, second) == set()
+
+
+def test_kept_trainings_are_gone_on_with_and_what_is_judged_anew_is_not_trained_anew(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(grids.GRIDS, "digits", replace(tiny, batch_size=64))  # two steps an epoch
+    steps, backward = [], Engine.backward
+
+    def counted(engine, loss):
+        steps.append(loss)
+        if len(steps) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        backward(engine, loss)
+
+    def run(folder, *more):
+        running._KEPT.clear()  # as a process of its own
+        words = ["--arms", "fsr+pgd-at", "--seeds", "0", "--out", str(tmp_path / folder), *more]
+        return benchmark.main(["run", "digits", *words])
+
+    def page_in(folder):
+        return json.loads((tmp_path / folder / "digits" / "fsr+pgd-at-seed0.json").read_text())
+
+    kept = ["--checkpoints", str(tmp_path / "kept")]
+    assert run("plain") == 0
+    monkeypatch.setattr(Engine, "backward", counted)
+    assert run("interrupted", *kept) == 128 + signal.SIGTERM
+    assert "interrupted by SIGTERM after step 1" in capsys.readouterr().err
+    assert not (tmp_path / "interrupted").exists()
+    assert run("resumed", *kept) == 0
+    assert len(steps) == 2 + 2 * 2, "the network's second step, and two of each surrogate"
+    assert run("anew", *kept) == 0
+    assert len(steps) == 2 + 2 * 2, "nothing is trained"
+    assert page_in("resumed")["history"] == page_in("anew")["history"]
+    assert _differences(page_in("plain"), page_in("resumed")) == set()
+    assert _differences(page_in("plain"), page_in("anew")) == set()
 
 
 @pytest.mark.parametrize(

@@ -102,11 +102,18 @@ def parse_arm(text: str, *, options: tuple[str, ...] = _OPTIONS) -> Arm:
     return Arm(text, method, trainer, parameters, network, chosen)
 
 
-def train_arm(arm: Arm, budget: Budget, *, prepare: Callable[[nn.Module, Tensor], object] | None = None) -> Trained:
+def train_arm(
+    arm: Arm,
+    budget: Budget,
+    *,
+    prepare: Callable[[nn.Module, Tensor], object] | None = None,
+    checkpoint_dir: Path | None = None,
+) -> Trained:
     """
     Train one network.
 
     :param prepare: (network, images (2, C, H, W) in [0, 1]): changes the fresh network before there is an optimizer, as a control does.
+    :param checkpoint_dir: Where the training is kept, and gone on with where it was left; one that came to its end is read back.
     :return: Trainer and recipe.
     """
     import torch
@@ -151,6 +158,7 @@ def train_arm(arm: Arm, budget: Budget, *, prepare: Callable[[nn.Module, Tensor]
         seed=budget.seed,
         augment=None if budget.augment is None else augmentation_by_name(budget.augment),
         verbose=not budget.quiet,
+        checkpoint_dir=checkpoint_dir,
         **arm.options,
     )
     return Trained(trainer, recipe, network)

@@ -46,8 +46,11 @@ _SURROGATE_SEED = 1000
 
 def file_of(folder: Path, grid: str, name: str, seed: int) -> Path:
     """:return: Where the run stands."""
-    plain = name.replace(":", "_").replace("=", "").replace(" ", "-").replace("@", "-")
-    return folder / grid / f"{plain}-seed{seed}.json"
+    return folder / grid / f"{_plain(name)}-seed{seed}.json"
+
+
+def _plain(name: str) -> str:
+    return name.replace(":", "_").replace("=", "").replace(" ", "-").replace("@", "-")
 
 
 def settings_of(grid: Grid, entry: Contestant, seed: int) -> dict[str, Any]:
@@ -77,16 +80,26 @@ def stands(page: Mapping[str, Any]) -> bool:
     return all(page["method"].get(name, value) == value for name, value in method_of(grid, entry).items())
 
 
-def run_one(grid_name: str, name: str, seed: int, data: DataSet, out: Path, *, quiet: bool = True) -> dict[str, Any]:
+def run_one(
+    grid_name: str,
+    name: str,
+    seed: int,
+    data: DataSet,
+    out: Path,
+    *,
+    checkpoints: Path | None = None,
+    quiet: bool = True,
+) -> dict[str, Any]:
     """
     Train one arm with one seed and learn what it is worth.
 
     :param data: The grid's, whole. :param out: The folder of results; one file is written into it, at the end.
+    :param checkpoints: Where trainings are kept, one folder each, and gone on with; ``None`` trains from the beginning.
     :return: What is in the file.
     """
     grid = GRIDS[grid_name]
     entry, budget = contestant(name, grid), _budget(grid, data, seed, quiet)
-    trained = train_arm(entry.arm, budget, prepare=entry.prepare)
+    trained = _trained(grid_name, entry, budget, checkpoints)
     model = trained.trainer.get_classifier().model
     page = {
         "schema": SCHEMA,
@@ -102,7 +115,13 @@ def run_one(grid_name: str, name: str, seed: int, data: DataSet, out: Path, *, q
         "hardware": {"processor": _processor(), "threads": torch.get_num_threads(), "device": str(budget.device)},
         "history": {key: trained.trainer.history.column(key) for key in trained.trainer.history[-1]},
         "cost": cost_of(trained.trainer, budget),
-        **_judged(grid_name, model, trained, budget, audited=grid.audited if seed == 0 else 0),
+        **_judged(
+            model,
+            trained,
+            budget,
+            surrogates=_surrogates(grid_name, data, seed, checkpoints),
+            audited=grid.audited if seed == 0 else 0,
+        ),
     }
     path = file_of(out, grid_name, name, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,12 +150,18 @@ def _budget(grid: Grid, data: DataSet, seed: int, quiet: bool = True) -> Budget:
     )
 
 
-def _judged(grid_name: str, model: nn.Module, trained: Trained, budget: Budget, *, audited: int) -> dict[str, Any]:
+def _trained(grid: str, entry: Contestant, budget: Budget, checkpoints: Path | None) -> Trained:
+    kept = None if checkpoints is None else checkpoints / grid / f"{_plain(entry.name)}-seed{budget.seed}"
+    return train_arm(entry.arm, budget, prepare=entry.prepare, checkpoint_dir=kept)
+
+
+def _judged(
+    model: nn.Module, trained: Trained, budget: Budget, *, surrogates: Mapping[str, nn.Module], audited: int
+) -> dict[str, Any]:
     data, threat, seed = budget.data, budget.threat, budget.seed
     x, y = to_unit(data.x_test[: budget.images]).to(budget.device), data.y_test[: budget.images].to(budget.device)
     summary = summarise(model, x, y, threat=threat, seed=seed, progress=False)
-    sources = _surrogates(grid_name, data, seed)
-    transferred = transfer(model, x, y, surrogates=sources, threat=threat, seed=seed)
+    transferred = transfer(model, x, y, surrogates=surrogates, threat=threat, seed=seed)
     found: dict[str, Any] = {
         **summary.to_json(),
         "transfer": _short(transferred.to_json()),
@@ -188,14 +213,14 @@ def _short(page: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: page[name] for name in kept}, "rows": rows}
 
 
-def _surrogates(grid_name: str, data: DataSet, seed: int) -> dict[str, nn.Module]:
+def _surrogates(grid_name: str, data: DataSet, seed: int, checkpoints: Path | None) -> dict[str, nn.Module]:
     """A standard and a PGD-AT network of the same grid, from a seed that no arm has; trained once a seed."""
     grid = GRIDS[grid_name]
     key = (json.dumps(asdict(grid)), seed)
     if key not in _KEPT:
         _KEPT.clear()
         budget = _budget(grid, data, _SURROGATE_SEED + seed)
-        trained = {name: train_arm(contestant(name, grid).arm, budget) for name in _SURROGATES}
+        trained = {name: _trained(grid_name, contestant(name, grid), budget, checkpoints) for name in _SURROGATES}
         _KEPT[key] = {name: those.trainer.get_classifier().model for name, those in trained.items()}
     return _KEPT[key]
 
