@@ -25,7 +25,7 @@ _CARDS = ("adv-gsct", "j-sigr", "aalp", "fsr")
 _RELATED = 8  # arms, from which a correlation over them is worth a word
 _HEADER = ("arm", "seeds", "clean %", "PGD-20 %", "AutoAttack %", "transfer %", "consensus", "passes / step", "audit")
 _NOTE = (
-    "Mean and standard deviation over seeds. AutoAttack is version `standard`; *transfer* is the worst of five transferred attacks from a "
+    "Mean and standard deviation over seeds; of one seed, the 95 % interval that the number of images leaves. AutoAttack is version `standard`; *transfer* is the worst of five transferred attacks from a "
     "standard and a PGD-AT network and from both; *consensus* the mean cosine of loss-gradient saliency, clean and under PGD-20, on 100 "
     "images; a *pass* a forward-backward pass of standard training, counted; the *audit* is seed 0's. `@silu` names an activation, "
     "`:NAME=VALUE` what differs from a method's defaults; adapter is f + R(f), of as many parameters as the FSR layer."
@@ -51,6 +51,14 @@ def _spread(values: Sequence[float | None], digits: int = 1, scale: float = 100)
     return mean if len(known) == 1 else f"{mean} +- {statistics.stdev(known):.{digits}f}"
 
 
+def _accuracy(runs: Sequence[dict[str, Any]], key: str) -> str:
+    """Mean and deviation over seeds; of one seed, what its images leave open."""
+    if len(runs) > 1:
+        return _spread([run[key]["accuracy"] for run in runs])
+    low, high = runs[0][key]["interval_95"]
+    return f"{100 * runs[0][key]['accuracy']:.1f} ({100 * low:.0f}-{100 * high:.0f})"
+
+
 def _verdict(runs: Iterable[dict[str, Any]]) -> str:
     return next((run["audit"]["verdict"].split()[0] for run in runs if "audit" in run), "-")
 
@@ -59,7 +67,7 @@ def _row(arm: str, runs: list[dict[str, Any]]) -> tuple[str, ...]:
     return (
         arm,
         str(len(runs)),
-        *(_spread([run[key]["accuracy"] for run in runs]) for key in ("clean", "pgd20", "autoattack", "transfer")),
+        *(_accuracy(runs, key) for key in ("clean", "pgd20", "autoattack", "transfer")),
         _spread([run["saliency"]["consensus"]["mean"] for run in runs], 2, 1),
         f"{statistics.median(run['cost']['passes_per_step'] for run in runs):.1f}",
         _verdict(runs),
