@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from art_saliency.evaluation.accuracy import binomial_interval
 from benchmarking.claims import CLAIMS, HEADLINE
 from benchmarking.grids import GRIDS
 
@@ -25,9 +26,8 @@ _FAMILIES = (
     ("j-sigr", "tab:purple"),
     ("aalp", "tab:orange"),
 )
-
-
 _LEAST = 3
+_NAME_HEIGHT = 0.045  # of the axes
 _ALSO_NAMED = ("adapter+pgd-at", "j-sigr", "fsr+adv-gsct", "pgd-at:ema=0.99:awp=0.005")
 
 
@@ -99,7 +99,7 @@ def _panels(width: float, heights: list[float]) -> tuple[Any, list[Any]]:
 
 
 def _scatter(runs: Runs, name: str, label: str) -> Any:
-    """Robust accuracy against a figure: a point an arm, whiskers of one standard deviation over seeds; controls are small and unnamed."""
+    """Robust accuracy against a figure: a point an arm, with :func:`_whiskers`; controls are small and unnamed."""
     shown = content(runs, name)
     figure, axes = _panels(7.4, [4.2] * len(shown))
     for axis, (grid, arms) in zip(axes, shown.items(), strict=True):
@@ -108,24 +108,42 @@ def _scatter(runs: Runs, name: str, label: str) -> Any:
             x, y = statistics.fmean(across), 100 * statistics.fmean(up)
             if arm in HEADLINE or arm in _ALSO_NAMED:
                 named[arm] = x, y
-            spread = 100 * statistics.stdev(up) if len(up) > 1 else None
             size, alpha = (5, 1) if arm in named else (2.5, 0.5)
+            spread = _whiskers(up, GRIDS[grid].images)
             axis.errorbar(x, y, yerr=spread, fmt="o", ms=size, capsize=2, lw=0.8, color=_colour(arm), alpha=alpha)
         _labelled(axis, named)
-        axis.set(xlabel=label, ylabel="AutoAttack accuracy, %")
+        single = all(len(up) == 1 for _, up in arms.values())
+        axis.set(
+            xlabel=label, ylabel=f"AutoAttack accuracy, % ({'95 % interval' if single else 'deviation over seeds'})"
+        )
         axis.set_title(GRIDS[grid].title, fontsize=9)
         axis.grid(alpha=0.25, lw=0.5)
     return figure
 
 
+def _whiskers(up: list[float], images: int) -> list[list[float]]:
+    """:return: Down and up, in points: one standard deviation over seeds, or the 95 % interval that one seed's images leave."""
+    if len(up) > 1:
+        return [[100 * statistics.stdev(up)]] * 2
+    low, high = binomial_interval(round(up[0] * images), images)
+    return [[100 * max(0.0, up[0] - low)], [100 * (high - up[0])]]
+
+
 def _labelled(axis: Any, named: dict[str, tuple[float, float]]) -> None:
-    """Names in a column beside the axes, in the points' order, so that none lies on another."""
+    """Names in a column beside the axes, as near to their points' heights as they can be without lying on one another."""
+    from sklearn.isotonic import isotonic_regression
+
     ordered = sorted(named, key=lambda arm: named[arm][1])
-    for place, arm in enumerate(ordered):
+    low, high = axis.get_ylim()
+    heights = np.array([(named[arm][1] - low) / (high - low) for arm in ordered])
+    # With a gap taken off for every name below, names that stay apart are a sequence that does not fall.
+    gaps = _NAME_HEIGHT * np.arange(len(ordered))
+    places = isotonic_regression(heights - gaps, y_min=0, y_max=1 - gaps[-1]) + gaps
+    for place, arm in zip(places, ordered, strict=True):
         axis.annotate(
             arm,
             named[arm],
-            xytext=(1.03, (place + 0.5) / len(ordered)),
+            xytext=(1.03, place),
             textcoords="axes fraction",
             fontsize=7,
             va="center",
