@@ -26,6 +26,7 @@ _FAMILIES = (
     ("j-sigr", "tab:purple"),
     ("aalp", "tab:orange"),
 )
+_MAPS = "saliency-"
 _LEAST = 3
 _NAME_HEIGHT = 0.045  # of the axes
 _ALSO_NAMED = ("adapter+pgd-at", "j-sigr", "fsr+adv-gsct", "pgd-at:ema=0.99:awp=0.005")
@@ -33,7 +34,7 @@ _ALSO_NAMED = ("adapter+pgd-at", "j-sigr", "fsr+adv-gsct", "pgd-at:ema=0.99:awp=
 
 def figure_names() -> tuple[str, ...]:
     """:return: Of all figures."""
-    return ("cost", *CLAIMS, "consensus", "saliency")
+    return ("cost", *CLAIMS, "consensus", *(f"{_MAPS}{grid}" for grid, its in GRIDS.items() if not its.held_out))
 
 
 def _point(those: list[dict[str, Any]], *keys: str) -> list[float]:
@@ -58,8 +59,8 @@ def content(runs: Runs, name: str) -> Any:
         return _points(runs, ("cost", "passes_per_step"))
     if name == "consensus":
         return _points(runs, ("saliency", "consensus", "mean"))
-    if name == "saliency":
-        return {g: {a: those[0]["maps"] for a, those in found.items()} for g, found in runs.items()}
+    if name.startswith(_MAPS):
+        return {a: those[0]["maps"] for a, those in runs[name.removeprefix(_MAPS)].items()}
     keys = ("clean", "autoattack", "transfer")
     return {
         g: {a: {key: _point(found[a], key, "accuracy") for key in keys} for a in CLAIMS[name].arms if a in found}
@@ -180,23 +181,26 @@ def _bars(runs: Runs, name: str) -> Any:
     return figure
 
 
-def _maps(runs: Runs) -> Any:
-    """Eight test images x arms: the size of the loss gradient, each map scaled to its own maximum."""
+def _maps(runs: Runs, name: str) -> Any:
+    """Eight test images x arms, in two columns: the size of the loss gradient, each map scaled to its own maximum."""
     from matplotlib.figure import Figure
 
-    shown = content(runs, "saliency")
-    rows = sum(map(len, shown.values()))
-    figure = Figure(figsize=(7.2, 0.62 * rows + 0.8), dpi=110, layout="constrained")
-    axes = figure.subplots(rows, 8, squeeze=False)
-    lines = [(grid, arm, packed) for grid, arms in shown.items() for arm, packed in arms.items()]
-    for row, (grid, arm, packed) in zip(axes, lines, strict=True):
-        maps = np.frombuffer(base64.b64decode(packed["base64"]), np.uint8).reshape(packed["shape"])
-        for axis, image in zip(row, maps, strict=True):
-            axis.imshow(image, cmap="magma", vmin=0, vmax=255)
-            axis.set(xticks=[], yticks=[])
-        row[0].set_ylabel(f"{grid}\n{arm}", fontsize=5, rotation=0, ha="right", va="center")
+    lines = list(content(runs, name).items())
+    rows = -(-len(lines) // 2)
+    figure = Figure(figsize=(12, 0.56 * rows + 0.5), dpi=110, layout="constrained")
+    for half, part in zip((lines[:rows], lines[rows:]), figure.subfigures(1, 2), strict=True):
+        axes = part.subplots(rows, 8, squeeze=False)
+        for axis in axes.flat:
+            axis.axis("off")
+        for row, (arm, packed) in zip(axes, half, strict=False):
+            maps = np.frombuffer(base64.b64decode(packed["base64"]), np.uint8).reshape(packed["shape"])
+            for axis, image in zip(row, maps, strict=True):
+                axis.imshow(image, cmap="magma", vmin=0, vmax=255)
+            words = arm.replace(":", "\n:")
+            row[0].text(-0.15, 0.5, words, fontsize=6, ha="right", va="center", transform=row[0].transAxes)
     figure.suptitle(
-        "Loss-gradient saliency of the first eight test images, each of the lowest seed that stands", fontsize=8
+        f"{GRIDS[name.removeprefix(_MAPS)].title}: loss-gradient saliency of the first eight test images, of the lowest seed",
+        fontsize=9,
     )
     return figure
 
@@ -208,7 +212,7 @@ def draw_all(runs: Runs, folder: Path) -> list[Path]:
         "cost": lambda: _scatter(runs, "cost", "forward-backward passes a step (standard training: 1)"),
         **{name: (lambda name=name: _bars(runs, name)) for name in CLAIMS},
         "consensus": lambda: _scatter(runs, "consensus", "saliency consensus, clean and under PGD-20"),
-        "saliency": lambda: _maps(runs),
+        **{name: (lambda name=name: _maps(runs, name)) for name in figure_names() if name.startswith(_MAPS)},
     }
     written = []
     for name in figure_names():

@@ -216,8 +216,7 @@ def _interpretability(runs: Runs) -> list[str]:
     return [
         *lines,
         "![Consensus and robustness](figures/consensus.png)",
-        "",
-        "![Saliency of every arm](figures/saliency.png)",
+        *(line for grid in runs for line in ("", f"![Saliency of every arm, {grid}](figures/saliency-{grid}.png)")),
     ]
 
 
