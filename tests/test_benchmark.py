@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 import benchmark  # noqa: E402
 from benchmarking import grids, pages, running  # noqa: E402
-from benchmarking.claims import CLAIMS, HEADLINE  # noqa: E402
+from benchmarking.claims import CLAIMS, HEADLINE, HEADLINE_DIFFERENCES  # noqa: E402
 from benchmarking.figures import figure_names, recorded  # noqa: E402
 
 from art_saliency.training.engine import Engine  # noqa: E402
@@ -93,7 +93,7 @@ def test_claims_name_arms_that_are_run():
     for claim in CLAIMS.values():
         assert set(claim.arms) <= known
         assert {arm for pair in claim.differences for arm in pair} <= known
-    assert set(HEADLINE) <= set(grids.GRIDS["digits"].arms)
+    assert {*HEADLINE, *(arm for pair in HEADLINE_DIFFERENCES for arm in pair)} <= set(grids.GRIDS["digits"].arms)
 
 
 def test_what_is_tuned_is_judged_on_training_images_that_are_not_trained_on():

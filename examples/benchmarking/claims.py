@@ -6,10 +6,25 @@ from dataclasses import dataclass
 
 from benchmarking.grids import ADV_GSCT_FORMS, ADV_GSCT_TRIED, J_SIGR_TRIED, METHODS
 
-__all__ = ["CLAIMS", "HEADLINE", "Claim"]
+__all__ = ["CLAIMS", "HEADLINE", "HEADLINE_DIFFERENCES", "Claim"]
 
 HEADLINE = METHODS
-"""The rows of the README's table."""
+"""The rows of the README's tables."""
+
+_WEAKER = ":lambda_sep=0.1:lambda_rec=0.1"
+HEADLINE_DIFFERENCES = (
+    ("adv-gsct", "pgd-at"),
+    ("adv-gsct", "fgsm-rs"),
+    ("j-sigr@silu", "pgd-at"),
+    ("aalp", "pgd-at"),
+    ("aalp", "alp"),
+    ("fsr+pgd-at", "pgd-at"),
+    (f"fsr+pgd-at{_WEAKER}", "pgd-at"),
+    (f"fsr+pgd-at{_WEAKER}", "adapter+pgd-at"),
+    (f"fsr+adv-gsct{_WEAKER}", "pgd-at"),
+    (f"fsr+adv-gsct{_WEAKER}", "adapter+adv-gsct"),
+)
+"""(arm, versus): what each method is for, and what it must exceed."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from art_saliency.evaluation.table import markdown_table
-from benchmarking.claims import CLAIMS, HEADLINE
+from benchmarking.claims import CLAIMS, HEADLINE, HEADLINE_DIFFERENCES
 from benchmarking.figures import draw_all
 from benchmarking.grids import GRIDS
 
@@ -93,15 +93,33 @@ def _judgement(values: Sequence[float]) -> str:
     return "stands" if mean > 2 * deviation else "a loss" if mean < -2 * deviation else "open"
 
 
+def _signed(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):+.1f}" + (f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def _claims(runs: Runs) -> str:
+    """What each method gains on what it must exceed, on every grid, and at which part of its passes."""
+
+    def passes(grid: str, arm: str) -> float:
+        return statistics.median(run["cost"]["passes_per_step"] for run in runs[grid][arm])
+
+    def cell(grid: str, arm: str, versus: str) -> str:
+        values = difference(runs, grid, arm, versus)
+        if not values:
+            return "-"
+        cost = passes(grid, arm) / passes(grid, versus)
+        return f"{_signed(values)} at {cost:.2f}: {_judgement(values)}"
+
+    rows = [(arm, versus, *(cell(grid, arm, versus) for grid in runs)) for arm, versus in HEADLINE_DIFFERENCES]
+    return markdown_table(("arm", "against", *runs), rows, left=2)
+
+
 def _differences(runs: Runs, grid: str, pairs: Iterable[tuple[str, str]]) -> str:
     rows = []
     for arm, versus in pairs:
         values = difference(runs, grid, arm, versus)
         if values:
-            shown = f"{statistics.fmean(values):+.1f}" + (
-                f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            )
-            rows.append((arm, versus, str(len(values)), shown, _judgement(values)))
+            rows.append((arm, versus, str(len(values)), _signed(values), _judgement(values)))
     return markdown_table(("arm", "against", "seeds", "AutoAttack, points", "verdict"), rows, left=2) if rows else ""
 
 
@@ -135,7 +153,13 @@ def _final(runs: Runs) -> Runs:
 
 
 def _readme(runs: Runs) -> str:
-    lines: list[str] = []
+    lines = [
+        "AutoAttack, points gained over another arm, seed by seed, mean and standard deviation, and at which part of its passes. A gain *stands* "
+        "where its mean exceeds two standard deviations over at least three seeds:",
+        "",
+        _claims(_final(runs)),
+        "",
+    ]
     for grid in _final(runs):
         lines += _section(runs, grid, HEADLINE, ())
     lines += [_NOTE, "", "![Robustness against cost](examples/results/figures/cost.png)", ""]
