@@ -88,7 +88,7 @@ def weight_gradients(loss, model):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("penalty", "directions", "jacobian"), KINDS)
 @pytest.mark.parametrize("on", ["jacobian", "selective", "both"])
-@pytest.mark.parametrize("selective_on", ["loss", "logit"])
+@pytest.mark.parametrize("selective_on", ["jacobian", "loss", "logit"])
 def test_loss_and_weight_gradient_equal_the_slow_oracle(channels, penalty, directions, jacobian, on, selective_on):
     weights = {"lambda_j": 0.0 if on == "selective" else 0.7, "lambda_s": 0.0 if on == "jacobian" else 0.4}
     model, data = smooth_network(channels), batch(channels)
@@ -133,7 +133,7 @@ def test_weight_gradient_equals_a_finite_difference_of_the_loss_value():
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize(("penalty", "directions", "jacobian"), [*KINDS, ("dual", "sphere", "added")])
-@pytest.mark.parametrize("selective_on", ["loss", "logit"])
+@pytest.mark.parametrize("selective_on", ["jacobian", "loss", "logit"])
 def test_finite_difference_form_has_the_value_and_gradient_of_the_double_backward(
     norm, penalty, directions, jacobian, selective_on
 ):
@@ -209,7 +209,7 @@ def test_each_form_has_a_weight_of_its_own():
 
 def test_everything_salient_costs_nothing_and_nothing_salient_is_double_backpropagation():
     model, data = smooth_network(), batch()
-    objective = at_image(penalty="squared", lambda_j=0.0, lambda_s=0.8)
+    objective = at_image(penalty="squared", lambda_j=0.0, lambda_s=0.8, selective_on="loss")
     data.maps = torch.ones_like(data.x)
     free = objective(model, data)
     assert float(free.terms["selective"]) == 0
@@ -248,7 +248,7 @@ def test_one_forward_pass_serves_all_terms_and_it_alone_moves_batch_statistics()
     assert len(model.returned) == 1
     assert result.logits is model.returned[-1]
     shifted, result = run(form="finite-difference", projections=2)
-    assert len(shifted.returned) == 4  # the clean one and three shifted
+    assert len(shifted.returned) == 5  # the clean one, and two shifted a direction
     assert result.logits is shifted.returned[0]
     plain, _ = run(lambda_j=0.0, lambda_s=0.0)
     for other in (model, shifted):
@@ -266,6 +266,28 @@ def test_lambda_s_zero_asks_for_no_maps_and_no_second_gradient():
     assert len(model.returned) == 1
 
 
+def test_a_selective_term_on_the_jacobians_own_rows_takes_no_further_gradient():
+    taken, passes = [], torch.autograd.grad
+
+    def counted(*args, **kwargs):
+        taken.append(args)
+        return passes(*args, **kwargs)
+
+    counts = {}
+    for on in ("loss", "jacobian"):
+        model, objective = smooth_network(), at_image(eps=0.2, selective_on=on)
+        taken.clear()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(torch.autograd, "grad", counted)
+            terms = objective(model, batch()).terms
+        counts[on] = len(taken)
+        everywhere = batch()
+        everywhere.maps = torch.zeros_like(everywhere.maps)
+        terms = objective(model, everywhere).terms
+        assert (float(terms["selective"]) == pytest.approx(float(terms["jacobian"]))) == (on == "jacobian")
+    assert counts == {"loss": 2, "jacobian": 1}
+
+
 def test_a_step_does_not_depend_on_how_the_batch_is_cut():
     model, data = smooth_network(), batch(count=6)
     objective = at_image(eps=0.2, projections=None)
@@ -280,7 +302,7 @@ def test_a_step_does_not_depend_on_how_the_batch_is_cut():
 
 def test_logged_gradient_norms_split_the_gradient_by_the_mask():
     model, data = smooth_network(), batch()
-    terms = at_image(eps=0.2)(model, data).terms
+    terms = at_image(eps=0.2, selective_on="loss")(model, data).terms
     x = data.x.clone().requires_grad_(True)
     g = input_gradient(F.cross_entropy(model(x), data.y, reduction="sum"), x)
     assert float(terms["gradient_salient"]) == pytest.approx(float((data.maps * g).flatten(1).norm(dim=1).mean()))
@@ -302,6 +324,7 @@ def test_dead_networks_give_finite_gradients_and_bad_requests_are_refused():
         ({"eps": 0.1, "directions": "sphere"}, "directions: got 'sphere', which has no margin"),
         ({"eps": 0.1, "directions": "sphere", "jacobian": "added", "projections": None}, "projections"),
         ({"eps": 0.1, "jacobian": "inside"}, "jacobian: got 'inside'"),
+        ({"eps": 0.1, "selective_on": "margin"}, "selective_on: got 'margin', expected one of 'jacobian'"),
         ({"eps": 0.1, "linearise_at": "corner"}, "linearise_at: got 'corner'"),
         ({"eps": 0.1, "lambda_j": -1.0}, "lambda_j: got -1, expected 0"),
     ):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -178,7 +179,8 @@ def true_logit(logits: Tensor, y: Tensor) -> Tensor:
 
 
 SELECTIVE_SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"loss": cross_entropy, "logit": true_logit}
-"""What the selective term is the input gradient of: (logits, y) -> (N,)."""
+"""What the selective term may be the input gradient of, beside what the Jacobian is projected on: (logits, y) -> (N,)."""
+_OWN = "jacobian"
 
 
 def selective_penalty(g: Tensor, S: Tensor, size: Callable[[Tensor], Tensor] = squared_norm) -> Tensor:
@@ -208,8 +210,8 @@ class JSIGR(Objective):
     J-SIGR, reconstructed: L = mean_i [ CE(z_i + lambda_j |J_i| e_k, y_i) + lambda_s |M_i * g_i| ]. No adversarial examples.
 
     J = dz/dx is the Jacobian of the logits at a random corner of the ball, |J| the size of its row e_y - e_k, k a wrong class, which
-    the cross-entropy has taken from the margin; g is the input gradient there, M = 1 - S the pixels that perturbation saliency leaves
-    out. |.| is the size of a gradient, see `penalty`.
+    the cross-entropy has taken from the margin; g is that row too, the input gradient of the margin, M = 1 - S the pixels that
+    perturbation saliency leaves out. |.| is the size of a gradient, see `penalty`.
 
     :param eps: Radius of the threat model, in pixel units: checkpoints are selected at it, ``penalty="dual"`` weighs by it, and
         `linearise_at` draws from its ball.
@@ -225,7 +227,8 @@ class JSIGR(Objective):
     :param linearise_at: Where logits and gradients are taken: a random ``"extreme-point"`` of the ball (a corner for
         Linf), a ``"random-point"`` inside it, or the ``"image"`` itself.
     :param projections: Directions a sample and step, at least 1; ``None`` takes all K.
-    :param selective_on: What g is the gradient of: ``"loss"`` or the true class's ``"logit"``.
+    :param selective_on: What g is the gradient of: ``"jacobian"``, what J is projected on, so that one row serves both terms; the
+        ``"loss"`` or the true class's ``"logit"``, at half as much again.
     :param saliency_share: The share of the pixels that is salient and left free, 0 to 1.
     :param saliency_score: ``"logits"`` or ``"log-probability"``; this and the next three are those of
         :func:`~art_saliency.perturbation_saliency.perturbation_saliency`.
@@ -257,7 +260,7 @@ class JSIGR(Objective):
         jacobian: str = "in-margin",
         linearise_at: str = "extreme-point",
         projections: int | None = 1,
-        selective_on: str = "loss",
+        selective_on: str = _OWN,
         saliency_share: float = 0.3,
         saliency_score: str = "logits",
         saliency_stride: float | None = None,
@@ -290,7 +293,7 @@ class JSIGR(Objective):
             raise _checks.refuse(
                 "projections", None, "a number: the axes do not stand for the sphere in this norm", remedy
             )
-        self.selective_on = _checks.one_of("selective_on", selective_on, SELECTIVE_SCORES)
+        self.selective_on = _checks.one_of("selective_on", selective_on, (_OWN, *SELECTIVE_SCORES))
         self.saliency_share = _checks.real("saliency_share", saliency_share, least=0, most=1)
         self.saliency_score = _checks.one_of("saliency_score", saliency_score, SCORES)
         self.saliency_stride = _positive("saliency_stride", saliency_stride)
@@ -431,17 +434,21 @@ class JSIGR(Objective):
         """One forward pass for the cross-entropy, J and g."""
         x = point.detach().requires_grad_(True)
         logits = model(x)
-        z, sizes, selective, g = full_precision(logits), [], None, None
-        if self.lambda_j:
+        z, rows, sizes, selective, g = full_precision(logits), [], [], None, None
+        if self.lambda_j or self.selective_on == _OWN:
             # "Linearized robustness through Jacobian normalization".
-            sizes = [
-                (w, weight, self._size(jacobian_projection(z, x, w, create_graph=True)))
-                for w, weight in self._directions(z, batch)
+            rows = [
+                (w, weight, jacobian_projection(z, x, w, create_graph=True)) for w, weight in self._directions(z, batch)
             ]
+        if self.lambda_j:
+            sizes = [(w, weight, self._size(row)) for w, weight, row in rows]
         if salient is not None:
             # "Regularizes the perturbation-based saliency maps to imitate the model's interpretable predictions".
-            g = input_gradient(SELECTIVE_SCORES[self.selective_on](z, batch.y).sum(), x, create_graph=True)
-            selective = selective_penalty(g, salient, self._size)
+            if self.selective_on != _OWN:
+                score = SELECTIVE_SCORES[self.selective_on](z, batch.y).sum()
+                rows = [(z, 1.0, input_gradient(score, x, create_graph=True))]
+            selective = _total([(w, weight, selective_penalty(row, salient, self._size)) for w, weight, row in rows])
+            g = rows[0][2]
         return _Linearised(logits, z, sizes, selective, g)
 
     def _finite_difference(self, model: nn.Module, point: Tensor, batch: Batch, salient: Tensor | None) -> _Linearised:
@@ -454,22 +461,34 @@ class JSIGR(Objective):
         refuse_dropout(model)
         x = point.detach().requires_grad_(True)
         logits = model(x)
-        z, sizes, selective, g = full_precision(logits), [], None, None
+        z, g = full_precision(logits), None
+        sizes: Sizes = []
+        selective: Sizes = []
         with side_pass(model):
-            if self.lambda_j:
+            if self.lambda_j or self.selective_on == _OWN:
                 for w, weight in self._directions(z, batch):
-                    rows = jacobian_projection(z, x, w, retain_graph=True)
-                    moved = self._shifted_logits(model, x, rows)
-                    sizes.append((w, weight, self._slope(_along(w, moved) - _along(w, z))))
-            if salient is not None:
-                on = SELECTIVE_SCORES[self.selective_on]
-                g = input_gradient(on(z, batch.y).sum(), x, retain_graph=True)
-                moved = self._shifted_logits(model, x, (1 - salient) * g)
-                selective = self._slope(on(moved, batch.y) - on(z, batch.y))
-        return _Linearised(logits, z, sizes, selective, g)
+                    row = jacobian_projection(z, x, w, retain_graph=True)
+                    along = partial(_along, w)
+                    if self.lambda_j:
+                        sizes.append((w, weight, self._slope(model, x, row, along, z)))
+                    if salient is not None and self.selective_on == _OWN:
+                        selective.append((w, weight, self._slope(model, x, (1 - salient) * row, along, z)))
+                        g = row if g is None else g
+            if salient is not None and self.selective_on != _OWN:
+                score = SELECTIVE_SCORES[self.selective_on]
+                g = input_gradient(score(z, batch.y).sum(), x, retain_graph=True)
+                slope = self._slope(model, x, (1 - salient) * g, lambda moved: score(moved, batch.y), z)
+                selective.append((z, 1.0, slope))
+        return _Linearised(logits, z, sizes, _total(selective) if selective else None, g)
 
-    def _slope(self, difference: Tensor) -> Tensor:
-        """:return: (N,) sizes: a slope along the steepest direction is the (dual) length of the gradient, as of one of one pixel."""
+    def _slope(
+        self, model: nn.Module, x: Tensor, rows: Tensor, on: Callable[[Tensor], Tensor], logits: Tensor
+    ) -> Tensor:
+        """
+        :param rows: (N, C, H, W), along which the function `on` of the logits rises most. :param logits: Those of `x`.
+        :return: (N,) sizes: a slope along the steepest direction is the (dual) length of the gradient, as of one of one pixel.
+        """
+        difference = on(self._shifted_logits(model, x, rows)) - on(logits)
         return self._size((difference / self.h)[:, None])
 
     def _shifted_logits(self, model: nn.Module, x: Tensor, rows: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarking.grids import ADV_GSCT_FORMS, ADV_GSCT_TRIED, J_SIGR_TRIED, METHODS
+from benchmarking.grids import ADV_GSCT_FORMS, ADV_GSCT_TRIED, J_SIGR_FORMS, J_SIGR_TRIED, METHODS
 
 __all__ = ["CLAIMS", "HEADLINE", "HEADLINE_DIFFERENCES", "Claim"]
 
@@ -72,9 +72,10 @@ CLAIMS = {
             "pgd-at@silu",
             "j-sigr",
             "j-sigr@silu",
-            *J_SIGR_TRIED,
+            *dict.fromkeys((*J_SIGR_FORMS, *J_SIGR_TRIED)),
         ),
         (
+            ("j-sigr@silu", "j-sigr:selective_on=loss@silu"),
             ("j-sigr@silu", "pgd-at"),
             ("j-sigr@silu", "pgd-at@silu"),
             ("j-sigr@silu", "j-sigr"),

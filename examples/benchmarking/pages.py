@@ -182,7 +182,8 @@ def _results(runs: Runs) -> str:
     lines = [
         "# Results",
         "",
-        "Made by `python examples/benchmark.py pages` from the files beside this page, one a run; each names its command.",
+        "Made by `python examples/benchmark.py pages` from the files beside this page, one a run; each names its command. Where a file has "
+        "`made_as`, that command made it, when it was another name of the same settings; it is renamed, and nothing else is changed.",
         "",
     ]
     for grid in runs:

@@ -12,16 +12,17 @@ def _cross_entropy(logits, label):
     return torch.log(torch.exp(logits - logits.max()).sum()) + logits.max() - logits[label]
 
 
-def jacobian(model, image):
-    """(K, C, H, W) in the graph: dz_k/dx of one image (C, H, W), class by class."""
+def jacobian(model, image, mask=None):
+    """(K, C, H, W) in the graph: dz_k/dx of one image (C, H, W), class by class; with a mask, where that is 0 alone."""
     image = image.detach().requires_grad_(True)
     logits = model(image[None])[0]
-    return torch.stack([torch.autograd.grad(z, image, create_graph=True, retain_graph=True)[0] for z in logits])
+    rows = [torch.autograd.grad(z, image, create_graph=True, retain_graph=True)[0] for z in logits]
+    return torch.stack(rows if mask is None else [_not_salient(row, mask) for row in rows])
 
 
-def frobenius(model, image):
+def frobenius(model, image, mask=None):
     """||J||_F^2, entry by entry."""
-    return sum(entry * entry for entry in jacobian(model, image).flatten())
+    return sum(entry * entry for entry in jacobian(model, image, mask).flatten())
 
 
 def size(gradient, penalty, eps):
@@ -32,17 +33,17 @@ def size(gradient, penalty, eps):
     return eps * sum(abs(entry) for entry in entries)
 
 
-def expected_jacobian_size(model, image, label, penalty, directions, eps):
-    """What the Jacobian term is on average over its directions."""
+def expected_jacobian_size(model, image, label, penalty, directions, eps, mask=None):
+    """What the Jacobian term is on average over its directions; with a mask, where that is 0 alone."""
     if directions == "sphere":
         assert penalty == "squared"
-        return frobenius(model, image) / 2
-    return sum(share * long for _, share, long in margins(model, image, label, penalty, eps))
+        return frobenius(model, image, mask) / 2
+    return sum(share * long for _, share, long in margins(model, image, label, penalty, eps, mask))
 
 
-def margins(model, image, label, penalty, eps):
+def margins(model, image, label, penalty, eps, mask=None):
     """[(k, q_k, |J^T (e_y - e_k)|)] for every wrong class k, q_k its share of the wrong classes' softmax."""
-    rows = jacobian(model, image)
+    rows = jacobian(model, image, mask)
     with torch.no_grad():
         logits = model(image[None])[0]
     wrong = [k for k in range(len(logits)) if k != label]
@@ -70,18 +71,25 @@ def loss(model, images, labels, salient, *, lambda_j, lambda_s, penalty, directi
             total = total + _cross_entropy(model(image[None])[0], label)
             if lambda_j:
                 total = total + lambda_j * expected_jacobian_size(model, image, label, penalty, directions, eps)
-        if lambda_s:
+        if lambda_s and selective_on == "jacobian":
+            total = total + lambda_s * expected_jacobian_size(model, image, label, penalty, directions, eps, mask)
+        elif lambda_s:
             point = image.detach().requires_grad_(True)
             logits = model(point[None])[0]
             score = _cross_entropy(logits, label) if selective_on == "loss" else logits[label]
             (g,) = torch.autograd.grad(score, point, create_graph=True)
-            kept = torch.zeros_like(g)
-            for i in range(g.shape[1]):
-                for j in range(g.shape[2]):
-                    if mask[0, i, j] == 0:
-                        kept = kept + g * _one_pixel(g, i, j)
-            total = total + lambda_s * size(kept, penalty, eps)
+            total = total + lambda_s * size(_not_salient(g, mask), penalty, eps)
     return total / len(images)
+
+
+def _not_salient(gradient, mask):
+    """Of one gradient, pixel by pixel, what the mask leaves out."""
+    kept = torch.zeros_like(gradient)
+    for i in range(gradient.shape[1]):
+        for j in range(gradient.shape[2]):
+            if mask[0, i, j] == 0:
+                kept = kept + gradient * _one_pixel(gradient, i, j)
+    return kept
 
 
 def _one_pixel(like, i, j):
