@@ -561,7 +561,7 @@ def test_without_maps_the_teacher_explains_and_without_a_teacher_the_network_its
     model, other = smooth_network(), smooth_network()
     nn.init.normal_(other[0].weight)
     for teacher in (None, other):
-        objective = at_image(eps=0.2, lambda_j=0.0, teacher=teacher)
+        objective = at_image(eps=0.2, lambda_j=0.0, projections=None, teacher=teacher)
         data = batch(maps=False)
         on_the_fly = objective(model, data)
         scores = objective.compute_maps(model if teacher is None else teacher, data.x)
