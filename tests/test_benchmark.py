@@ -77,6 +77,15 @@ def test_one_data_set_a_grid():
 # --- what is declared -----------------------------------------------------------------------------------------------
 
 
+def test_one_pair_of_surrogates_a_grid_and_seed():
+    found = {}
+    for path in STORED:
+        page = json.loads(path.read_text())
+        key = page["grid"], page["seed"]
+        found.setdefault(key, set()).add(json.dumps(page["transfer"]["surrogates_sha256"], sort_keys=True))
+    assert {key: len(pairs) for key, pairs in found.items()} == dict.fromkeys(found, 1)
+
+
 @pytest.mark.parametrize("key", grids.GRIDS)
 def test_every_arm_of_a_grid_can_be_trained_and_has_a_file_of_its_own(key):
     grid = grids.GRIDS[key]

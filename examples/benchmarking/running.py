@@ -119,7 +119,7 @@ def run_one(
             model,
             trained,
             budget,
-            surrogates=_surrogates(grid_name, data, seed, checkpoints),
+            surrogates=_surrogates(grid_name, budget.data, seed, checkpoints),
             audited=grid.audited if seed == 0 else 0,
         ),
     }
@@ -214,7 +214,12 @@ def _short(page: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _surrogates(grid_name: str, data: DataSet, seed: int, checkpoints: Path | None) -> dict[str, nn.Module]:
-    """A standard and a PGD-AT network of the same grid, from a seed that no arm has; trained once a seed."""
+    """
+    A standard and a PGD-AT network of the same grid, from a seed that no arm has; trained once a seed.
+
+    :param data: What the arms were trained and are judged on. Where images were held out of it, as many of the rest are again: every run
+        of a grid meets the same pair.
+    """
     grid = GRIDS[grid_name]
     key = (json.dumps(asdict(grid)), seed)
     if key not in _KEPT:
