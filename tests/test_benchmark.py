@@ -74,9 +74,6 @@ def test_one_data_set_a_grid():
     assert {grid: len(hashes) for grid, hashes in found.items()} == dict.fromkeys(found, 1)
 
 
-# --- what is declared -----------------------------------------------------------------------------------------------
-
-
 def test_one_pair_of_surrogates_a_grid_and_seed():
     found = {}
     for path in STORED:
@@ -84,6 +81,9 @@ def test_one_pair_of_surrogates_a_grid_and_seed():
         key = page["grid"], page["seed"]
         found.setdefault(key, set()).add(json.dumps(page["transfer"]["surrogates_sha256"], sort_keys=True))
     assert {key: len(pairs) for key, pairs in found.items()} == dict.fromkeys(found, 1)
+
+
+# --- what is declared -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", grids.GRIDS)

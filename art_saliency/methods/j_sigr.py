@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -195,6 +196,14 @@ def selective_penalty(g: Tensor, S: Tensor, size: Callable[[Tensor], Tensor] = s
     return size((1 - S.detach()) * g)
 
 
+class _Row(NamedTuple):
+    """A function of the logits, (N, K) -> (N,), its weight, a number or (N,), and its input gradient (N, C, H, W)."""
+
+    on: Callable[[Tensor], Tensor]
+    weight: Tensor | float
+    gradient: Tensor
+
+
 class _Linearised(NamedTuple):
     """Logits as the network returned them, the same in full precision, the Jacobian's sizes, the selective sizes (N,), and g."""
 
@@ -236,7 +245,7 @@ class JSIGR(Objective):
     :param saliency_sigma: Of the blur, in pixels.
     :param saliency_radius: Of the soft disc, in pixels.
     :param warmup_share: The share of the run over which both weights rise from 0.
-    :param form: ``"double-backward"``, or ``"finite-difference"``: no second derivatives, four to five forward passes.
+    :param form: ``"double-backward"``, or ``"finite-difference"``: no second derivatives, three forward passes.
     :param h: Length of the finite difference, in units of the [0, 1] pixel (a step of `h` in every pixel for Linf's dual).
     :param teacher: The frozen network whose saliency is imitated. Batches that bring no maps are explained on the fly by it, or by the
         network in training itself when it is ``None``; either costs some twenty plain steps a step. It lies where its owner put it.
@@ -387,10 +396,9 @@ class JSIGR(Objective):
             logits = model(x)
             return self._assembled(logits, full_precision(logits), batch, [], None, {})
         salient = self._salient(model, batch) if self.lambda_s else None
-        step = self._double_backward if self.form == "double-backward" else self._finite_difference
         # Second derivatives, and differences of logits, drown in the rounding of half precision.
         with torch.autocast(batch.x.device.type, enabled=False):
-            logits, z, sizes, selective, g = step(model, x, batch, salient)
+            logits, z, sizes, selective, g = self._linearise(model, x, batch, salient)
             figures = {}
             if g is not None and salient is not None:
                 inside, outside = salient * g.detach(), (1 - salient) * g.detach()
@@ -430,65 +438,57 @@ class JSIGR(Objective):
         detached = full_precision(logits).detach()
         return DIRECTIONS[self.directions](detached, batch.y, self.projections, batch.random)
 
-    def _double_backward(self, model: nn.Module, point: Tensor, batch: Batch, salient: Tensor | None) -> _Linearised:
-        """One forward pass for the cross-entropy, J and g."""
-        x = point.detach().requires_grad_(True)
-        logits = model(x)
-        z, rows, sizes, selective, g = full_precision(logits), [], [], None, None
-        if self.lambda_j or self.selective_on == _OWN:
-            # "Linearized robustness through Jacobian normalization".
-            rows = [
-                (w, weight, jacobian_projection(z, x, w, create_graph=True)) for w, weight in self._directions(z, batch)
-            ]
-        if self.lambda_j:
-            sizes = [(w, weight, self._size(row)) for w, weight, row in rows]
-        if salient is not None:
-            # "Regularizes the perturbation-based saliency maps to imitate the model's interpretable predictions".
-            if self.selective_on != _OWN:
-                score = SELECTIVE_SCORES[self.selective_on](z, batch.y).sum()
-                rows = [(z, 1.0, input_gradient(score, x, create_graph=True))]
-            selective = _total([(w, weight, selective_penalty(row, salient, self._size)) for w, weight, row in rows])
-            g = rows[0][2]
-        return _Linearised(logits, z, sizes, selective, g)
-
-    def _finite_difference(self, model: nn.Module, point: Tensor, batch: Batch, salient: Tensor | None) -> _Linearised:
+    def _linearise(self, model: nn.Module, point: Tensor, batch: Batch, salient: Tensor | None) -> _Linearised:
         """
-        The same terms from differences along the detached steepest directions (Finlay and Oberman 2019): no double backward.
+        One forward pass for the cross-entropy, J and g, whose sizes are taken from them, or, without double backward, from differences
+        along the detached steepest directions (Finlay and Oberman 2019).
 
         The shifted passes are side passes: what hangs on a forward pass (BatchNorm's statistics, auxiliary losses) hangs on the
         one whose logits are returned.
         """
-        refuse_dropout(model)
+        exact, own = self.form == "double-backward", self.selective_on == _OWN
+        if not exact:
+            refuse_dropout(model)
         x = point.detach().requires_grad_(True)
         logits = model(x)
-        z, g = full_precision(logits), None
+        z = full_precision(logits)
+
+        def size(on: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
+            return self._size(gradient) if exact else self._slope(model, x, gradient, on, z)
+
+        rows: list[_Row] = []
         sizes: Sizes = []
-        selective: Sizes = []
-        with side_pass(model):
-            if self.lambda_j or self.selective_on == _OWN:
-                for w, weight in self._directions(z, batch):
-                    row = jacobian_projection(z, x, w, retain_graph=True)
-                    along = partial(_along, w)
-                    if self.lambda_j:
-                        sizes.append((w, weight, self._slope(model, x, row, along, z)))
-                    if salient is not None and self.selective_on == _OWN:
-                        selective.append((w, weight, self._slope(model, x, (1 - salient) * row, along, z)))
-                        g = row if g is None else g
-            if salient is not None and self.selective_on != _OWN:
-                score = SELECTIVE_SCORES[self.selective_on]
-                g = input_gradient(score(z, batch.y).sum(), x, retain_graph=True)
-                slope = self._slope(model, x, (1 - salient) * g, lambda moved: score(moved, batch.y), z)
-                selective.append((z, 1.0, slope))
-        return _Linearised(logits, z, sizes, _total(selective) if selective else None, g)
+        selective = g = None
+        with nullcontext() if exact else side_pass(model):
+            if self.lambda_j or own:
+                # "Linearized robustness through Jacobian normalization".
+                directions = self._directions(z, batch)
+                for w, weight in directions:
+                    gradient = jacobian_projection(z, x, w, create_graph=exact, retain_graph=True)
+                    rows.append(_Row(partial(_along, w), weight, gradient))
+                if self.lambda_j:
+                    sizes = [
+                        (w, row.weight, size(row.on, row.gradient))
+                        for (w, _), row in zip(directions, rows, strict=True)
+                    ]
+            if salient is not None:
+                # "Regularizes the perturbation-based saliency maps to imitate the model's interpretable predictions".
+                if not own:
+                    score = SELECTIVE_SCORES[self.selective_on]
+                    gradient = input_gradient(score(z, batch.y).sum(), x, create_graph=exact, retain_graph=True)
+                    rows = [_Row(lambda moved: score(moved, batch.y), 1.0, gradient)]
+                parts = [row.weight * selective_penalty(row.gradient, salient, partial(size, row.on)) for row in rows]
+                selective, g = torch.stack(parts).sum(0), rows[0].gradient
+        return _Linearised(logits, z, sizes, selective, g)
 
     def _slope(
-        self, model: nn.Module, x: Tensor, rows: Tensor, on: Callable[[Tensor], Tensor], logits: Tensor
+        self, model: nn.Module, x: Tensor, gradient: Tensor, on: Callable[[Tensor], Tensor], logits: Tensor
     ) -> Tensor:
         """
-        :param rows: (N, C, H, W), along which the function `on` of the logits rises most. :param logits: Those of `x`.
+        :param gradient: (N, C, H, W), along which the function `on` of the logits rises most. :param logits: Those of `x`.
         :return: (N,) sizes: a slope along the steepest direction is the (dual) length of the gradient, as of one of one pixel.
         """
-        difference = on(self._shifted_logits(model, x, rows)) - on(logits)
+        difference = on(self._shifted_logits(model, x, gradient)) - on(logits)
         return self._size((difference / self.h)[:, None])
 
     def _shifted_logits(self, model: nn.Module, x: Tensor, rows: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ _CARDS = ("adv-gsct", "j-sigr", "aalp", "fsr")
 _RELATED = 8  # arms, from which a correlation over them is worth a word
 _HEADER = ("arm", "seeds", "clean %", "PGD-20 %", "AutoAttack %", "transfer %", "consensus", "passes / step", "audit")
 _NOTE = (
-    "Mean and standard deviation over seeds; of one seed, the 95 % interval that the number of images leaves. AutoAttack is version `standard`; *transfer* is the worst of five transferred attacks from a "
-    "standard and a PGD-AT network and from both; *consensus* the mean cosine of loss-gradient saliency, clean and under PGD-20, on 100 "
+    "Mean and standard deviation over seeds; of one seed, the 95 % interval that the number of images leaves. AutoAttack is version "
+    "`standard`; *transfer* is the worst of five transferred attacks from a standard and a PGD-AT network and from both; *consensus* the mean cosine of loss-gradient saliency, clean and under PGD-20, on 100 "
     "images; a *pass* a forward-backward pass of standard training, counted; the *audit* is seed 0's. `@silu` names an activation, "
     "`:NAME=VALUE` what differs from a method's defaults; adapter is f + R(f), of as many parameters as the FSR layer."
 )
