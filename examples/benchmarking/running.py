@@ -172,12 +172,15 @@ def _judged(
         found["mask_share_inside"] = mask_share_inside(model, x)
     if audited:
         some = slice(0, audited)
+        attacked = summary.autoattack
+        if audited < len(x):
+            attacked = autoattack(model, x[some], y[some], eps=threat.eps, seed=seed, progress=False)
         report = audit(
             model,
             x[some],
             y[some],
             eps=threat.eps,
-            autoattack_result=autoattack(model, x[some], y[some], eps=threat.eps, seed=seed, progress=False),
+            autoattack_result=attacked,
             transferred=transferred.correct[some],
             variants=trained.trainer.objective.adaptive_variants(),
             progress=False,
