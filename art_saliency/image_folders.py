@@ -88,7 +88,6 @@ def files_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         worker_init_fn=_undisturbed,
-        pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, or every epoch would move torch's global one
     )
 

@@ -13,7 +13,19 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from art_saliency.errors import UnsupportedModelError
 
-__all__ = ["channels_last", "evaluating", "frozen", "modes_kept", "refuse_dropout", "side_pass", "training"]
+__all__ = [
+    "channels_last",
+    "evaluating",
+    "frozen",
+    "full_float32",
+    "modes_kept",
+    "refuse_dropout",
+    "side_pass",
+    "tensor_float32",
+    "training",
+]
+
+_CUDNN: Any = torch.backends.cudnn  # whose settings by operation mypy does not know
 
 
 @contextmanager
@@ -67,6 +79,32 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+def tensor_float32() -> bool:
+    """:return: Whether torch lets a GPU round float32 convolutions to TF32's 10 bits, as it does unless it is told not to."""
+    return str(_CUDNN.conv.fp32_precision) == "tf32"
+
+
+@contextmanager
+def full_float32(needed: bool = True) -> Iterator[None]:
+    """
+    Keep all 23 bits of float32 on GPUs for the duration: TF32, which keeps 10, is off for convolutions and matrix products.
+
+    :param needed: Whether they are needed; else nothing is done.
+    """
+    if not needed:
+        yield
+        return
+    settings = [_CUDNN.conv, torch.backends.cuda.matmul]
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 @contextmanager

@@ -247,3 +247,17 @@ def _shape(input_shape: Sequence[int]) -> tuple[int, int, int]:
         raise _checks.refuse("input_shape", tuple(input_shape), "(C, H, W)")
     channels, height, width = (_checks.whole("input_shape", side, least=1) for side in input_shape)
     return channels, height, width
+
+
+def art_device_type(device: torch.device | str) -> str:
+    """
+    Get ready for ART, which of several GPUs takes the current one: that becomes the one that is asked for.
+
+    :param device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``. :return: ART's ``device_type``.
+    """
+    where = torch.device(device)
+    if where.type != "cuda":
+        return "cpu"
+    if where.index is not None:  # without a number the current one is meant
+        torch.cuda.set_device(where)
+    return "gpu"

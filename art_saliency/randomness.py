@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-__all__ = ["RandomSource", "normal", "uniform"]
+__all__ = [
+    "RandomSource",
+    "global_generators_kept",
+    "global_states",
+    "normal",
+    "set_global_states",
+    "uniform",
+]
 
 
 class RandomSource:
@@ -66,3 +75,40 @@ def normal(like: Tensor, random: RandomSource | None = None) -> Tensor:
     The inverse normal distribution needs one uniform number an entry, where Box-Muller would need two.
     """
     return math.sqrt(2) * torch.erfinv((2 * uniform(like, random) - 1).clamp(-1 + 1e-6, 1 - 1e-6))
+
+
+def _global_generators() -> dict[str, torch.Generator]:
+    """Torch's own, of the CPU and of every GPU. An idle CUDA is not started for this."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else range(0)  # type: ignore[no-untyped-call]
+    return {"cpu": torch.default_generator, **{f"cuda:{gpu}": torch.cuda.default_generators[gpu] for gpu in gpus}}
+
+
+def global_states() -> dict[str, Tensor]:
+    """:return: Where torch's global generators stand, for :func:`set_global_states`."""
+    return {name: generator.get_state() for name, generator in _global_generators().items()}
+
+
+def set_global_states(states: dict[str, Tensor]) -> None:
+    """Continue where :func:`global_states` was taken."""
+    for name, generator in _global_generators().items():
+        if name in states:
+            generator.set_state(states[name])
+
+
+@contextmanager
+def global_generators_kept(seed: int | None = None) -> Iterator[None]:
+    """
+    Let torch's global generators, the CPU's and every GPU's, come back as they were.
+
+    :param seed: What they are seeded with meanwhile; ``None`` leaves them where they stand.
+    """
+    before = global_states()
+    if seed is not None:
+        for (
+            generator
+        ) in _global_generators().values():  # torch.manual_seed would leave an idle CUDA a seed for its start
+            generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        set_global_states(before)

@@ -52,7 +52,8 @@ class ThreatModel:
     def __post_init__(self) -> None:
         _checks.one_of("norm", self.norm, NORMS)
         remedy = "for images of 0 to 255 write eps=8 / 255" if self.norm == "Linf" else ""
-        _checks.real("eps", self.eps, least=0, most=1 if self.norm == "Linf" else None, remedy=remedy)
+        eps = _checks.real("eps", self.eps, least=0, most=1 if self.norm == "Linf" else None, remedy=remedy)
+        object.__setattr__(self, "eps", eps)  # NumPy's numbers are no JSON
 
     def scaled(self, share: float) -> ThreatModel:
         """:return: The same norm at `share` of the radius."""

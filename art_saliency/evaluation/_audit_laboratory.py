@@ -14,6 +14,7 @@ from art_saliency.attacks import AttackLoss, fgsm, pgd
 from art_saliency.errors import UnsupportedModelError
 from art_saliency.evaluation._audit_copies import Averaged
 from art_saliency.gradients import input_gradient
+from art_saliency.modes import full_float32
 from art_saliency.randomness import RandomSource, uniform
 from art_saliency.threat import ThreatModel
 
@@ -68,10 +69,11 @@ class Laboratory:
         self.model, self.x, self.y, self.threat, self.budget = model, x, y, threat, budget
         self.batch_size, self.seed = batch_size, seed
         self.bar = tqdm(disable=True) if bar is None else bar
-        first, second = self.logits(x), self.logits(x)
+        with full_float32():  # a GPU takes other kernels for one image, and the rounding of TF32 would tell them apart
+            first, second = self.logits(x), self.logits(x)
+            self.alone = max(_relative(self.logits(x[i : i + 1]), first[i : i + 1]) for i in range(min(4, len(x))))
         self.spread = _relative(first, second)
         self.randomised = self.spread > 1e-4  # AutoAttack's own threshold
-        self.alone = max(_relative(self.logits(x[i : i + 1]), first[i : i + 1]) for i in range(min(4, len(x))))
         self.gap = float((first.topk(2, dim=1).values @ first.new_tensor([1.0, -1.0])).abs().median())
         self.restarts, self.long = (1, 2) if self.randomised else (budget.restarts, budget.long)
         self.differentiable = self._is_differentiable()

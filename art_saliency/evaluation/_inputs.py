@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from art_saliency import _checks
 from art_saliency.data import to_unit
 from art_saliency.modes import evaluating
+from art_saliency.randomness import global_generators_kept
 
 
 def home_of(model: nn.Module, x: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ def checked(model: nn.Module, x: Any, y: Any) -> tuple[Tensor, Tensor]:
     x = _checks.images(x, allow_uint8=True)
     first = pixels(x[:1], home_of(model, x))
     # A network that draws random numbers must not move the caller's generator by being asked for its classes.
-    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[first.device] if first.is_cuda else []):
+    with evaluating(model), torch.no_grad(), global_generators_kept():
         classes = model(first).shape[1]
     return x, _checks.labels(y, len(x), classes, soft=False)
 

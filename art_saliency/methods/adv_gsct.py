@@ -297,6 +297,7 @@ class AdvGSCT(Objective):
         self.target_network = _checks.one_of("target_network", target_network, ("current", "ema"))
         self.needs_target_model = target_network == "ema"
         self.form = _checks.one_of("form", form, ("double-backward", "finite-difference"))
+        self.full_float32 = form == "finite-difference"
         self.h = _checks.real("h", h, above=0)
         if form == "finite-difference":
             for name in ("l2_consensus", "linearity"):

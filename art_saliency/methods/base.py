@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, cast, get_args, get_origin, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack, get_type_hints
@@ -92,6 +93,7 @@ class Objective(nn.Module):
     :cvar soft_labels: Whether (N, K) labels are allowed.
     :cvar single_step: Whether the inner maximisation takes one step, so that catastrophic overfitting is to be watched for.
     :cvar double_backward: Whether the loss holds input gradients; such terms are formed in float32 only.
+    :cvar full_float32: Whether nearby passes are subtracted, which the rounding of TF32, a GPU's own, would drown.
     :cvar needs_target_model: Whether ``batch.target_model`` must be there.
     :cvar eps_warmup_share: The share of the run over which the radius of training rises from 0.
     """
@@ -101,6 +103,7 @@ class Objective(nn.Module):
     soft_labels: ClassVar[bool] = False
     single_step: ClassVar[bool] = False
     double_backward: ClassVar[bool] = False
+    full_float32: bool = False
     needs_target_model: bool = False
     eps_warmup_share: float = 0.0
 
@@ -143,7 +146,7 @@ class Objective(nn.Module):
         What an epoch's figures should make the user worry about.
 
         :param record: The epoch's means, every term by name.
-        :return: Sentences; each is given as a warning once a run. None by default.
+        :return: Sentences; those of the first epoch that has any are given as warnings. None by default.
         """
         return []
 
@@ -178,6 +181,8 @@ def _written_out(cls: type[Objective]) -> inspect.Signature:
 def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if isinstance(value, Objective):

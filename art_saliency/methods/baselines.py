@@ -20,7 +20,7 @@ from art_saliency import _checks
 from art_saliency.attacks import cross_entropy, pgd
 from art_saliency.methods.base import Attack, Batch, LossTerms, Objective
 from art_saliency.modes import evaluating, frozen, side_pass
-from art_saliency.randomness import normal
+from art_saliency.randomness import global_states, normal, set_global_states
 from art_saliency.threat import ThreatModel
 
 __all__ = [
@@ -193,7 +193,7 @@ class Standard(Objective):
     def __init__(self, *, eps: float | None = None, norm: str = "Linf", label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.threat = None if eps is None else ThreatModel(norm, eps)
-        self.eps, self.norm = eps, norm
+        self.eps, self.norm = None if self.threat is None else self.threat.eps, norm
         self.label_smoothing = _checks.real("label_smoothing", label_smoothing, least=0, below=1)
 
     def forward(self, model: nn.Module, batch: Batch) -> LossTerms:
@@ -255,7 +255,7 @@ class AdversarialObjective(Objective):
     ) -> None:
         super().__init__()
         self.threat = ThreatModel(norm, eps)
-        self.eps, self.norm = eps, norm
+        self.eps, self.norm = self.threat.eps, norm
         self.eps_step = None if eps_step is None else _checks.real("eps_step", eps_step, least=0)
         self.max_iter = _checks.whole("max_iter", max_iter)
         self.random_start = _checks.flag("random_start", random_start)
@@ -275,6 +275,8 @@ class AdversarialObjective(Objective):
         if batch.y.ndim != 1 and not self.soft_labels:
             raise _checks.refuse("y", "soft labels", "class indices (N,)", f"{self.name} needs one true class an image")
         if batch.kept:
+            # What draws after the attack, dropout say, and the next step's attack, go on as if it had been made here.
+            set_global_states(batch.kept)
             if batch.random is not None:
                 batch.random.load_state_dict({"generator": batch.kept["generator"]})
             return batch.kept["x_adv"]
@@ -291,9 +293,8 @@ class AdversarialObjective(Objective):
         # An attack is not to be trusted: what it returns may be outside the ball, and a NaN would end the training.
         x_adv = threat.project(torch.where(torch.isfinite(x_adv), x_adv, x), x)
         if batch.kept is not None:
-            batch.kept.update(
-                {"x_adv": x_adv} if batch.random is None else {"x_adv": x_adv, **batch.random.state_dict()}
-            )
+            own = {} if batch.random is None else batch.random.state_dict()
+            batch.kept.update({"x_adv": x_adv, **own, **global_states()})
         return x_adv
 
     def maximise(self, model: nn.Module, batch: Batch, threat: ThreatModel, eps_step: float | None) -> Tensor:

@@ -438,6 +438,7 @@ def drop_auxiliary_heads(model: nn.Module) -> nn.Module:
     :return: The same network, whose state dict has no ``<target>.fsr.auxiliary.*``.
     """
     for layer in fsr_layers(model).values():
+        layer.stop_recording()
         layer.auxiliary = None
     return model
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from art_saliency import _checks
 from art_saliency.errors import CheckpointError
+from art_saliency.networks import art_device_type
+from art_saliency.randomness import global_generators_kept
 from art_saliency.robustbench.compat import import_robustbench
 from art_saliency.robustbench.model_info import board
 
@@ -53,7 +55,7 @@ def load_robustbench(
         _checks.one_of("name", name, table)
     file = Path(model_dir) / dataset / threat_model / f"{name}.pt"
     try:
-        with torch.random.fork_rng(devices=[]):  # networks are made with random weights first
+        with global_generators_kept():  # networks are made with random weights first
             model: nn.Module = robustbench.utils.load_model(
                 name, model_dir=model_dir, dataset=dataset, threat_model=threat_model
             )
@@ -70,10 +72,8 @@ def load_robustbench(
         else model
     )
     step = optimizer or (lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4))
-    where = torch.device(device)
-    if where.type == "cuda":
-        torch.cuda.set_device(where)  # ART takes the current one
-    network.to(where)
+    device_type = art_device_type(device)
+    network.to(device)
     classifier = PyTorchClassifier(
         network,
         nn.CrossEntropyLoss(),
@@ -81,7 +81,7 @@ def load_robustbench(
         place.num_classes,
         optimizer=step(network.parameters()),
         clip_values=(0.0, 1.0),
-        device_type="gpu" if where.type == "cuda" else "cpu",
+        device_type=device_type,
     )
     classifier.model.eval()
     return classifier

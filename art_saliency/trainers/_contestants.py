@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from art_saliency import _checks
 from art_saliency.methods.base import Batch, auxiliary_modules, step_terms
+from art_saliency.modes import full_float32
 from art_saliency.networks import build_network
 from art_saliency.trainers._plain_loops import BARE, PLAIN, plain_epoch
 from art_saliency.trainers._timing import Turn, growth_of, waited
@@ -83,25 +84,29 @@ class Setting:
 
 
 class _Probe(Extension):
-    """Times the steps of one ``fit`` and the end of its epoch, and keeps the batches as the loop made them."""
+    """
+    Times the steps of one ``fit`` and the end of its epoch.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    :param keep: Whether the batches are kept as the loop made them; else they take no memory beyond their step.
+    """
+
+    def __init__(self, device: torch.device, *, keep: bool) -> None:
+        self.device, self.keep = device, keep
         self.batches: list[Batch] = []
         self.start = self.seconds = self.end = 0.0
 
     def on_start(self, run: Run) -> None:
-        self.batches = []
         self.start = waited(self.device)
 
     def after_step(self, run: Run) -> None:
         assert run.batch is not None
-        self.batches.append(run.batch)
-        if len(self.batches) == run.batches.steps_per_epoch:
-            self.seconds = (waited(self.device) - self.start) / len(self.batches)
+        if self.keep:
+            self.batches.append(run.batch)
+        if run.step == run.batches.steps_per_epoch:
+            self.seconds = (waited(self.device) - self.start) / run.step
 
     def after_epoch(self, run: Run, record: dict[str, Any]) -> None:
-        self.end = waited(self.device) - self.start - self.seconds * len(self.batches)
+        self.end = waited(self.device) - self.start - self.seconds * run.step
 
 
 class Contestants:
@@ -145,7 +150,7 @@ class Contestants:
 
     def loop(self) -> float:
         """Our trainer, as a user calls it; from the start of the first step to the end of the last."""
-        probe = _Probe(self.device)
+        probe = _Probe(self.device, keep=not self.batches)
         self.trainer.fit(
             self.x,
             self.y,
@@ -168,10 +173,11 @@ class Contestants:
         model.train()
         start = waited(self.device)
         for batch in self.batches:
-            with _autocast(self.device, self.precision):
-                loss = step_terms(objective, model, batch).loss
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            with full_float32(objective.full_float32):
+                with _autocast(self.device, self.precision):
+                    loss = step_terms(objective, model, batch).loss
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         seconds = waited(self.device) - start
         for module in auxiliary_modules(model):

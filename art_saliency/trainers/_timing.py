@@ -17,6 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from art_saliency.modes import tensor_float32
+from art_saliency.randomness import global_generators_kept
+
 __all__ = [
     "Spread",
     "Turn",
@@ -100,21 +103,29 @@ def per_round(above: Sequence[float], below: Sequence[float]) -> Spread:
     return Spread.of([a / b for a, b in zip(above, below, strict=True)])
 
 
-def matrix_turn(device: torch.device, dtype: torch.dtype, *, repeats: int = 3) -> tuple[Turn, float]:
+def matrix_turn(device: torch.device, precision: str, *, repeats: int = 3) -> tuple[Turn, float]:
     """
     A product of two large square matrices as a contestant: what the chip does when nothing holds it up.
 
+    :param precision: ``"32-true"``, on a GPU in TF32 where convolutions are, or ``"bf16-mixed"``.
     :return: The turn, and the floating-point operations of one product.
     """
+    dtype = torch.float32 if precision == "32-true" else torch.bfloat16
     side = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(side, side, generator=generator).to(device, dtype) for _ in range(2))
 
     def turn() -> float:
-        start = waited(device)
-        for _ in range(repeats):
-            torch.mm(left, right)
-        return (waited(device) - start) / repeats
+        setting = torch.backends.cuda.matmul
+        before = setting.fp32_precision
+        setting.fp32_precision = "tf32" if tensor_float32() else "ieee"
+        try:
+            start = waited(device)
+            for _ in range(repeats):
+                torch.mm(left, right)
+            return (waited(device) - start) / repeats
+        finally:
+            setting.fp32_precision = before
 
     return turn, 2.0 * side**3
 
@@ -184,11 +195,10 @@ def _tune(parameter: int, value: int) -> None:
 
 
 @contextmanager
-def random_state_kept(device: torch.device, seed: int) -> Iterator[None]:
+def random_state_kept(seed: int) -> Iterator[None]:
     """Seed torch's and NumPy's global generators (ART shuffles with NumPy's) for the duration; both come back as they were."""
     before = np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with global_generators_kept(seed):
         np.random.seed(seed % 2**32)  # noqa: NPY002
         try:
             yield

@@ -27,7 +27,7 @@ from art_saliency.trainers.identity import digest_of_pair, identity_of_run
 from art_saliency.trainers.network import ClassifierNetwork, check_trainable
 from art_saliency.trainers.options import RunOptions
 from art_saliency.trainers.teacher import teacher_maps, trained_teacher
-from art_saliency.training.batches import Batches, ImageView, ResidentBatches, StreamedBatches
+from art_saliency.training.batches import Batches, ImageView, ResidentBatches, StreamedBatches, too_few
 from art_saliency.training.checkpoint import MAPS, Checkpoints
 from art_saliency.training.engine import Engine, launched
 from art_saliency.training.extensions import OverfittingWatch, PlateauWatch, Validation
@@ -165,7 +165,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         self._check_run(batch_size, nb_epochs, scheduler, options)
         checkpoints = options.checkpoints()
         images, targets = self._viewed(x, y)
-        validation = None if validation_data is None else self._viewed(*_pair(validation_data), name="validation_data")
+        validation = None if validation_data is None else self._validation(validation_data)
         if validation is None and options.validation_split:
             images, targets, validation = _hold_out(images, targets, options.validation_split, options.seed or 0)
         self._check_batches(len(images), batch_size)
@@ -186,7 +186,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
                 **maps,
             )
 
-        maps = self._maps(images, targets, batches(), nb_epochs, options, checkpoints)
+        maps = self._maps(images, targets, batches, nb_epochs, options, checkpoints)
         self._train(batches(**maps), nb_epochs, scheduler, validation, options, checkpoints)
 
     def fit_generator(self, generator: Any, nb_epochs: int = 20, **kwargs: Any) -> None:
@@ -213,7 +213,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         self._check_run(batch_size, nb_epochs, scheduler, options)
         checkpoints = options.checkpoints()
         self._check_batches(batch_size, batch_size)
-        validation = None if validation_data is None else self._viewed(*_pair(validation_data), name="validation_data")
+        validation = None if validation_data is None else self._validation(validation_data)
         if checkpoints is not None:
             options = options.seeded(checkpoints.identity.get("seed"))
             data = {"stream": f"{steps} batches", "dataset": type(generator.dataset).__name__}
@@ -269,6 +269,11 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
             return ImageView(images, convert=self._to_unit_range), targets
         return ImageView(self._to_unit_range(images)), targets
 
+    def _validation(self, validation_data: Any) -> tuple[ImageView, Tensor]:
+        """Images to be measured on, and the class of each: of soft labels the likeliest."""
+        images, targets = self._viewed(*_pair(validation_data), name="validation_data")
+        return images, targets if targets.ndim == 1 else targets.argmax(1)
+
     def _to_unit_range(self, images: Tensor) -> Tensor:
         """:return: Images within ``clip_values`` in [0, 1]; uint8 as it is."""
         low, high = self._network.low, self._network.high
@@ -297,7 +302,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         self,
         images: ImageView,
         targets: Tensor,
-        batches: Batches,
+        batches: Callable[[], Batches],
         epochs: int,
         options: RunOptions,
         checkpoints: Checkpoints | None,
@@ -312,7 +317,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
             teacher = trained_teacher(
                 self._network,
                 self._classifier.optimizer,
-                batches,
+                batches(),
                 self.teacher_epochs or epochs,
                 Engine(self._device),
                 options,
@@ -392,7 +397,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
             raise _checks.refuse("ema", "None", expected, "pass ema=0.999")
 
     def _check_batches(self, count: int, batch_size: int) -> None:
-        if min(count, batch_size) // launched()[1] <= 1 and any(
+        if too_few(min(count, batch_size), launched()[1]) and any(
             isinstance(child, _BatchNorm) for child in self._network.modules()
         ):
             what = "batch_size" if batch_size == 1 else "x"
@@ -474,9 +479,20 @@ def _hold_out(x: ImageView, y: Tensor, share: float, seed: int) -> tuple[ImageVi
 def _stream(generator: Any) -> tuple[Callable[[], Iterator[Any]], int, int]:
     """:return: What makes an epoch's iterator, the batches an epoch has, and the batch size."""
     if isinstance(generator, DataLoader):
-        return lambda: iter(generator), len(generator), generator.batch_size or 2
+        try:
+            steps = len(generator)
+        except TypeError:
+            got = f"a DataLoader of a {type(generator.dataset).__name__} without a length"
+            raise _checks.refuse("generator", got, "one whose batches can be counted", "give it __len__") from None
+        if not steps:
+            raise _checks.refuse("generator", "a DataLoader without a batch", "one batch at least", "look at drop_last")
+        size = generator.batch_size or 2
+        if generator.batch_size and not generator.drop_last and (rest := len(generator.dataset) % size) > 0:  # type: ignore[arg-type]
+            steps = max(1, steps - too_few(rest, launched()[1]))
+        return lambda: iter(generator), steps, size
     if isinstance(generator, DataGenerator):
-        steps = -(-int(generator.size) // int(generator.batch_size))
+        whole, rest = divmod(int(generator.size), int(generator.batch_size))
+        steps = max(1, whole + (rest > 0 and not too_few(rest, launched()[1])))
 
         def batches() -> Iterator[Any]:
             for _ in range(steps):
@@ -488,8 +504,10 @@ def _stream(generator: Any) -> tuple[Callable[[], Iterator[Any]], int, int]:
 
 def _generators(loader: Any) -> list[torch.Generator]:
     """:return: What a loader draws from beside torch's global generator, each once."""
-    own = (getattr(loader, "generator", None), getattr(getattr(loader, "sampler", None), "generator", None))
-    return list({id(generator): generator for generator in own if generator is not None}.values())
+    batches = getattr(loader, "batch_sampler", None)
+    owners = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    own = [getattr(owner, "generator", None) for owner in owners]
+    return list({id(generator): generator for generator in own if isinstance(generator, torch.Generator)}.values())
 
 
 def _art_attack(attack: Any, network: ClassifierNetwork) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:

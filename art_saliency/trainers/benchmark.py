@@ -32,7 +32,7 @@ RATIOS = {
     "loop/pgd-at": "a step of our trainer over that of PGD-AT",
     "fsr/base": "a step with FSR over that of the same method without it",
     "end/step": "the end of an epoch (finite weights copied, figures read, a single-step method watched) in steps",
-    "rate": "share of the rate of one large matrix product that a step reaches",
+    "rate": "share of the rate of one large matrix product, in the arithmetic of its convolutions, that a step reaches",
 }
 """What the ratios are, by name; each is taken within a round."""
 
@@ -60,13 +60,13 @@ class Benchmark:
     """
     What :func:`benchmark` found.
 
-    :ivar setting: What all had in common. :ivar methods: By the entries' names. :ivar matrix_seconds: A matrix product, every round.
+    :ivar setting: What all had in common. :ivar methods: By the entries' names. :ivar matrix_seconds: A matrix product, every round, by the precision of the methods beside it.
     :ivar meta: Versions, processor or GPU, threads.
     """
 
     setting: Setting
     methods: dict[str, Figures]
-    matrix_seconds: list[float]
+    matrix_seconds: dict[str, list[float]]
     meta: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
@@ -93,14 +93,15 @@ def benchmark(
     if not names or len(set(names)) < len(names):
         raise _checks.refuse("methods", ", ".join(names) or "none", "at least one, each once")
     device = torch.device(setting.device)
-    with tempfile.TemporaryDirectory() as folder, random_state_kept(device, setting.seed):
+    with tempfile.TemporaryDirectory() as folder, random_state_kept(setting.seed):
         x, y = _images(setting)
         with exact_memory():
             methods = {entry.name: Contestants(entry, setting, x, y, Path(folder)) for entry in entries}
             extra = {name: method.extra_memory() for name, method in methods.items()}
-        matrix, matrix_operations = matrix_turn(device, _dtype(setting))
+        # A method that differentiates input gradients keeps to float32 beside others in half precision.
+        used = {method.precision: matrix_turn(device, method.precision) for method in methods.values()}
         groups = {name: method.turns() for name, method in methods.items()}
-        total, done = (setting.rounds + 1) * (1 + sum(map(len, groups.values()))), 0
+        total, done = (setting.rounds + 1) * (len(used) + sum(map(len, groups.values()))), 0
 
         def one_more() -> None:
             nonlocal done
@@ -109,11 +110,20 @@ def benchmark(
                 progress(done, total)
 
         seconds = interleaved(
-            {**groups, _MATRIX: {_MATRIX: matrix}}, rounds=setting.rounds, seed=setting.seed, progress=one_more
+            {**groups, _MATRIX: {precision: turn for precision, (turn, _) in used.items()}},
+            rounds=setting.rounds,
+            seed=setting.seed,
+            progress=one_more,
         )
-        matrix_seconds = seconds.pop(_MATRIX)[_MATRIX]
-        rate = [matrix_operations / took for took in matrix_seconds]
-        figures = {name: _figures(method, seconds, methods, rate, extra[name]) for name, method in methods.items()}
+        matrix_seconds = seconds.pop(_MATRIX)
+        rates = {
+            precision: [operations / took for took in matrix_seconds[precision]]
+            for precision, (_, operations) in used.items()
+        }
+        figures = {
+            name: _figures(method, seconds, methods, rates[method.precision], extra[name])
+            for name, method in methods.items()
+        }
     return Benchmark(setting, figures, matrix_seconds, _meta(device))
 
 
@@ -126,10 +136,6 @@ def _images(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
     count, shape = setting.steps * setting.batch_size, tuple(setting.network["input_shape"])
     x = torch.randint(256, (count, *shape), generator=random, dtype=torch.uint8)
     return x, torch.randint(setting.network["num_classes"], (count,), generator=random)
-
-
-def _dtype(setting: Setting) -> torch.dtype:
-    return torch.float32 if setting.precision == "32-true" else torch.bfloat16
 
 
 def _figures(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, get_type_hints
 
 import torch
 from art.estimators.classification import PyTorchClassifier
 from torch import nn
+from torch.optim import Optimizer
 
 from art_saliency import _checks
 from art_saliency.methods import OBJECTIVES
 from art_saliency.methods.base import Objective
 from art_saliency.methods.baselines import PGDAT
-from art_saliency.methods.fsr import FSRLayer, LayerOptions, insert_fsr
+from art_saliency.methods.fsr import FSRLayer, LayerOptions, fsr_layers, insert_fsr
 from art_saliency.trainers.base import ObjectiveTrainer
 from art_saliency.trainers.network import check_trainable
 from art_saliency.trainers.options import RunOptions
@@ -62,7 +64,7 @@ class FSRTrainer(ObjectiveTrainer):
         check_trainable(self._network, classifier)
         self.target = target
         self._layer_config: LayerOptions = {
-            "hidden": hidden,
+            "hidden": _checks.whole("hidden", hidden, least=1),  # as Python's own number, which is JSON
             "tau": tau,
             "zero_init": zero_init,
             "lambda_sep": lambda_sep,
@@ -72,7 +74,7 @@ class FSRTrainer(ObjectiveTrainer):
         example = torch.rand(2, *classifier.input_shape, device=classifier.device)
         example = example * (self._network.high - self._network.low) + self._network.low
         insert_fsr(classifier.model, target, classifier.nb_classes, example, **self._layer_config)
-        _add_parameters(classifier)
+        _add_parameters(classifier.optimizer, fsr_layers(classifier.model)[target])
 
     @classmethod
     def method_name(cls) -> str:
@@ -109,28 +111,30 @@ class FSRTrainer(ObjectiveTrainer):
 
     def _check_run(self, batch_size: int, nb_epochs: int, scheduler: Any, options: RunOptions) -> None:
         super()._check_run(batch_size, nb_epochs, scheduler, options)
-        rates = getattr(scheduler, "base_lrs", None)
-        if rates is not None and len(rates) != len(self._classifier.optimizer.param_groups):
-            raise _checks.refuse(
-                "scheduler",
-                f"one for {len(rates)} parameter groups",
-                f"one for {len(self._classifier.optimizer.param_groups)}",
-                "build it after FSRTrainer, which adds the FSR layer's group to the optimizer",
-            )
+        groups = len(self._classifier.optimizer.param_groups)
+        for rates in _rates(scheduler):
+            if len(rates) != groups:
+                raise _checks.refuse(
+                    "scheduler",
+                    f"one for {len(rates)} parameter groups",
+                    f"one for {groups}",
+                    "build it after FSRTrainer, which adds the FSR layer's group to the optimizer",
+                )
 
 
 def _base_class(base: str) -> type[Objective]:
     return OBJECTIVES[_checks.one_of("base", base, OBJECTIVES)]
 
 
-def _add_parameters(classifier: PyTorchClassifier) -> None:
-    """Give the parameters that the optimizer does not know to it, with the settings of its first group."""
-    optimizer = classifier.optimizer
-    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    new = [
-        parameter
-        for parameter in classifier.model.parameters()
-        if id(parameter) not in known and parameter.requires_grad
-    ]
+def _add_parameters(optimizer: Optimizer, layer: FSRLayer) -> None:
+    """Give a layer's parameters to an optimizer, with the settings of its first group; what else it does not know stays out."""
     first = {key: value for key, value in optimizer.param_groups[0].items() if key not in ("params", "initial_lr")}
-    optimizer.add_param_group({**first, "params": new})
+    optimizer.add_param_group({**first, "params": list(layer.parameters())})
+
+
+def _rates(scheduler: Any) -> Iterator[Sequence[float]]:
+    """:return: For how many parameter groups a scheduler, and each that it leads, was built: one rate each."""
+    if (rates := getattr(scheduler, "base_lrs", None)) is not None:
+        yield rates
+    for inner in getattr(scheduler, "_schedulers", ()):
+        yield from _rates(inner)

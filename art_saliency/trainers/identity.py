@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from art_saliency.files import sha256_of_tensors
+from art_saliency.trainers.network import ClassifierNetwork
 from art_saliency.training.batches import ImageView
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ _FREE = ("extensions", "verbose", "checkpoint_dir", "checkpoint_every", "resume"
 """Options that may change: they do not touch what is computed, or (extensions, the split) are compared by other means."""
 
 _MOVING = ("lr", "initial_lr", "max_lr", "min_lr", "params", "param_names")
+_MOVED_BY_CYCLES = ("momentum", "betas")
 _MOVING_OF_SCHEDULERS = ("last_epoch", "best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i")
 _CHUNK = 1 << 22  # elements brought to the CPU in one go
 _PLAIN = (bool, int, float, str, type(None))
@@ -46,7 +48,7 @@ def digest_of_pair(x: Tensor | ImageView, y: Tensor) -> str:
 
 def identity_of_run(
     trainer: ObjectiveTrainer,
-    network: nn.Module,
+    network: ClassifierNetwork,
     optimizer: Optimizer,
     scheduler: Any,
     options: RunOptions,
@@ -70,7 +72,8 @@ def identity_of_run(
         "teacher_epochs": trainer.teacher_epochs,
         "teacher": sha256_of_tensors(teacher.state_dict()) if isinstance(teacher, nn.Module) else None,
         "network": _network(network),
-        "optimizer": _optimizer(optimizer),
+        "input": network.input_settings(),
+        "optimizer": _optimizer(optimizer, scheduler),
         "scheduler": scheduler if isinstance(scheduler, str) else _scheduler(scheduler),
         "nb_epochs": epochs,
         "batch_size": batch_size,
@@ -94,13 +97,18 @@ def _word_lines(network: nn.Module) -> list[str]:
     return str(_word(network)).splitlines()
 
 
-def _optimizer(optimizer: Optimizer) -> dict[str, Any]:
+def _optimizer(optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
     """Its class and its groups' settings; the learning rate is the one that a scheduler starts from."""
+    own = scheduler is None or isinstance(scheduler, str)  # else the user's scheduler may have moved them already
     groups = [
         {
-            "lr": _word(float(group.get("initial_lr", group["lr"]))),
+            "lr": _word(float(group.get("initial_lr", group["lr"]))) if own or "initial_lr" in group else None,
             "parameters": len(group["params"]),
-            **{key: _word(value) for key, value in group.items() if key not in _MOVING},
+            **{
+                key: _word(value)
+                for key, value in group.items()
+                if key not in _MOVING and not (key in _MOVED_BY_CYCLES and "base_momentum" in group)
+            },
         }
         for group in optimizer.param_groups
     ]

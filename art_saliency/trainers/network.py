@@ -67,6 +67,16 @@ class ClassifierNetwork(nn.Module):
         logits: Tensor = self.network(x)
         return logits
 
+    def input_settings(self) -> dict[str, Any] | None:
+        """:return: How images come from [0, 1] to the model, JSON-able; ``None`` where they come as they are."""
+        if (self.low, self.high) == (0.0, 1.0) and not self._steps:
+            return None
+        steps = [
+            {"name": type(step).__name__, **{name: str(getattr(step, name, None)) for name in step.params}}
+            for step in self._steps
+        ]
+        return {"clip_values": [self.low, self.high], "preprocessing": steps}
+
 
 def _is_identity(step: Any) -> bool:
     """ART puts a standardisation by mean 0 and deviation 1 into every classifier."""

@@ -14,7 +14,7 @@ from art_saliency import _checks
 from art_saliency.errors import CheckpointError
 from art_saliency.files import read_tensors, sha256_of_tensors, write_file, write_tensors
 from art_saliency.methods.fsr import FSRLayer, fsr_layers, insert_fsr
-from art_saliency.networks import build_network
+from art_saliency.networks import art_device_type, build_network
 from art_saliency.training.records import History, versions
 
 __all__ = ["SCHEMA", "load", "make_classifier", "read_run", "save"]
@@ -37,9 +37,6 @@ def make_classifier(
     :param model: Maps (N, C, H, W) in [0, 1] to logits.
     :return: The classifier, with cross-entropy as its loss.
     """
-    where = torch.device(device)
-    if where.type == "cuda":
-        torch.cuda.set_device(where)  # ART takes the current one
     return PyTorchClassifier(
         model=model,
         loss=nn.CrossEntropyLoss(),
@@ -47,7 +44,7 @@ def make_classifier(
         nb_classes=num_classes,
         optimizer=optimizer,
         clip_values=(0.0, 1.0),
-        device_type="gpu" if where.type == "cuda" else "cpu",
+        device_type=art_device_type(device),
     )
 
 

@@ -21,6 +21,7 @@ from art_saliency.evaluation.transfer import surrogates_for
 from art_saliency.files import read_tensors
 from art_saliency.methods import OBJECTIVES
 from art_saliency.networks import build_network
+from art_saliency.randomness import global_generators_kept
 from art_saliency.threat import ThreatModel
 from art_saliency.trainers.methods import TRAINERS
 from art_saliency.trainers.runs import make_classifier
@@ -200,7 +201,7 @@ def train_surrogates(
         trained: nn.Module = classifier.model
         return trained.eval()
 
-    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+    with global_generators_kept():
         return surrogates_for(train_copy, method, seed=seed, own_seed=recipe.seed)
 
 

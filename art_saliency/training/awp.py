@@ -19,6 +19,7 @@ from torch import Tensor
 from art_saliency import _checks
 from art_saliency.methods.base import Batch, LossTerms
 from art_saliency.modes import side_pass
+from art_saliency.randomness import global_generators_kept
 from art_saliency.training.extensions import Extension
 
 if TYPE_CHECKING:
@@ -86,8 +87,7 @@ class WeightPerturbation(Extension):
     def _gradients(self, run: Run, loss_terms: Callable[[], LossTerms], weights: list[Tensor]) -> list[Tensor]:
         """The gradient of the step's loss; afterwards every random source stands where it stood."""
         drawn = run.random.state_dict()
-        devices = [run.engine.device.index or 0] if run.engine.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), side_pass(run.model):
+        with global_generators_kept(), side_pass(run.model):
             found = torch.autograd.grad(loss_terms().loss, weights, allow_unused=True)
         run.random.load_state_dict(drawn)
         return [

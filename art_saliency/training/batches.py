@@ -8,11 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from art_saliency import _checks
 from art_saliency.data import to_unit
 from art_saliency.methods.base import Batch
 from art_saliency.randomness import RandomSource
 
-__all__ = ["Augment", "Batches", "ImageView", "ResidentBatches", "StreamedBatches"]
+__all__ = ["Augment", "Batches", "ImageView", "ResidentBatches", "StreamedBatches", "too_few"]
 
 Augment = Callable[..., "tuple[Tensor, Tensor | None]"]
 """(x, random, maps) -> (x, maps): moves images, and maps with them, on the device."""
@@ -116,7 +117,7 @@ class ResidentBatches:
         self.device, self.augment, self.expand = device, augment, expand
         self.batch_size = min(batch_size, len(x))
         whole, rest = divmod(len(x), self.batch_size)
-        self.steps_per_epoch = whole + (rest // world_size > 1)
+        self.steps_per_epoch = whole + (not too_few(rest, world_size))
 
     generators: Sequence[torch.Generator] = ()
 
@@ -125,16 +126,17 @@ class ResidentBatches:
         return self._batches(random.permutation(len(self.x)), random, start)
 
     def _batches(self, order: Tensor, random: RandomSource, start: int) -> Iterator[Batch]:
+        at_home = order.to(self.x.device)  # once an epoch: in a step the host would wait for it
         for step in range(start, self.steps_per_epoch):
-            index = _own_rows(order[step * self.batch_size : (step + 1) * self.batch_size], random)
-            here = index.to(self.x.device)
-            x = to_unit(self.x[here].to(self.device, non_blocking=True))
-            maps = None if self.maps is None else self.maps[here].to(self.device, non_blocking=True)
+            batch = slice(step * self.batch_size, (step + 1) * self.batch_size)
+            index, here = _own_rows(order[batch], random), _own_rows(at_home[batch], random)
+            x = to_unit(_sent(self.x[here], self.device))
+            maps = None if self.maps is None else _sent(self.maps[here], self.device)
             if maps is not None and self.expand is not None:
                 maps = self.expand(maps)
             if self.augment is not None:
                 x, maps = self.augment(x, random, maps)
-            yield Batch(x, self.y[index.to(self.y.device)], index=index, maps=maps, random=random)
+            yield Batch(x, self.y[index], index=index, maps=maps, random=random)
 
 
 def _own_rows(batch: Tensor, random: RandomSource) -> Tensor:
@@ -146,15 +148,28 @@ def _own_rows(batch: Tensor, random: RandomSource) -> Tensor:
 
 
 def _fits(x: Tensor | ImageView, device: torch.device) -> bool:
-    if device.type != "cuda":
+    if device.type != "cuda" or x.device.type == "cuda":
         return True
     free, _ = torch.cuda.mem_get_info(device)
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own to give again
     return x.shape.numel() * x.dtype.itemsize < 0.4 * free
+
+
+def _sent(batch: Tensor, device: torch.device) -> Tensor:
+    """:return: A batch on the device. What a GPU is sent from pinned memory travels while the host goes on."""
+    if device.type == "cuda" and batch.device.type == "cpu":
+        batch = batch.pin_memory()
+    return batch.to(device, non_blocking=True)
+
+
+def too_few(rows: int, world_size: int) -> bool:
+    """:return: Whether a last batch is left out: BatchNorm has no variance for one image, a process without any no loss."""
+    return rows // world_size <= 1
 
 
 class StreamedBatches:
     """
-    Batches of a loader that somebody else made; nothing of the set is kept.
+    Batches of a loader that somebody else made; nothing of the set is kept. A last batch of one image is left out.
 
     :param make: Called once an epoch; yields (x, y) of any array kind.
     :param prepare: (x, y) -> tensors, checked: (N, C, H, W) in [0, 1] and labels.
@@ -184,10 +199,15 @@ class StreamedBatches:
         return self._batches(stream, random, start)
 
     def _batches(self, stream: Iterator[Any], random: RandomSource, start: int) -> Iterator[Batch]:
-        for _, (x, y) in zip(range(start, self.steps_per_epoch), stream, strict=False):
-            x, y = self.prepare(x, y)
+        for step, pair in zip(range(start, self.steps_per_epoch), stream, strict=False):
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                got = f"{len(pair)} things" if isinstance(pair, (tuple, list)) else f"a {type(pair).__name__}"
+                raise _checks.refuse("generator", f"{got} as a batch", "pairs of images and labels")
+            x, y = self.prepare(*pair)
+            if step and too_few(len(x), random.world_size):
+                return
             x, y = _own_rows(x, random), _own_rows(y, random)
-            x = to_unit(x.to(self.device, non_blocking=True))
+            x = to_unit(_sent(x, self.device))
             if self.augment is not None:
                 x, _ = self.augment(x, random, None)
-            yield Batch(x, y.to(self.device, non_blocking=True), random=random)
+            yield Batch(x, _sent(y, self.device), random=random)

@@ -8,6 +8,7 @@ written beside the training; a run that is killed at any moment leaves its last 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
@@ -45,6 +46,7 @@ SCHEMA = 1
 KEPT = 2
 _NAME = re.compile(r"checkpoint-(\d{6,})-([0-9a-f]{64})\.pt")
 _ASIDE = "checkpoint.writing"
+_LOCK = "checkpoint.lock"
 _UNITS = {
     "epoch": "epochs",
     "epochs": "epochs",
@@ -71,7 +73,8 @@ def cadence(every: int | str) -> tuple[int, str]:
 
 class Checkpoints:
     """
-    Where a run is kept. The last two checkpoints stay, and no other file in the folder is touched.
+    Where a run is kept. The last two checkpoints stay, and no other file in the folder is touched; a run of another process there is
+    refused while it goes on.
 
     Of several processes that train together each reads the folder, so that each refuses what does not fit; rank 0 alone writes, and
     when they go on all take up what it has read. It keeps its own state whole, and what differs in the others'. They agree between
@@ -107,6 +110,8 @@ class Checkpoints:
         self._writer: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
         self._last_step, self._last_time, self._threads = 0, time.monotonic(), torch.get_num_threads()
+        self._held = contextlib.ExitStack()
+        self._superseded: list[Path] = []
 
     # --- what is there -----------------------------------------------------------------------------------------------
 
@@ -162,8 +167,11 @@ class Checkpoints:
         if self.rank == 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for left in self.folder.glob(f"*{_ASIDE}*"):  # by a process that was killed while it wrote
-                    left.unlink()
+                with _alone(self.folder):
+                    for left in self.folder.glob(f"*{_ASIDE}*"):  # by a process that was killed while it wrote
+                        left.unlink()
+            except CheckpointError as error:
+                self._error = error
             except OSError as error:
                 self._error = CheckpointError(f"{self.folder}: cannot be written to ({error.strerror}); choose another")
                 self._error.__cause__ = error
@@ -176,6 +184,10 @@ class Checkpoints:
         if differences({"processes": 1, **inner.identity}, identity):
             inner._found, inner._good = None, []
         inner.belong_to(identity, self._engine)
+        if (
+            self.resume == "never"
+        ):  # or this run, interrupted before its own first checkpoint, would go on with what was here
+            inner._superseded = [path for _, _, path in _files(self.folder)]
         return inner
 
     # --- called by the loop -------------------------------------------------------------------------------------------
@@ -203,6 +215,9 @@ class Checkpoints:
             return
         self._save(run)
         self._settle()
+        if self.rank == 0:
+            for path in self._superseded:
+                path.unlink(missing_ok=True)
 
     def after_step(self, run: Run) -> None:
         """Between two steps of an epoch."""
@@ -301,6 +316,8 @@ class Checkpoints:
     # --- signals and threads ------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Checkpoints:
+        if self.rank == 0:
+            self._held.enter_context(_alone(self.folder))
         self._threads, self._signal, self._handlers = torch.get_num_threads(), None, {}
         self._writer = ThreadPoolExecutor(1, "checkpoints")
         if threading.current_thread() is threading.main_thread():
@@ -323,6 +340,7 @@ class Checkpoints:
         self._put_handlers_back()
         assert self._writer is not None
         self._writer.shutdown(wait=True)
+        self._held.close()
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
         if error is None and self._signal is not None:  # it came after the last checkpoint
@@ -335,10 +353,35 @@ def clear(folder: Path) -> None:
         if path.is_dir():
             with contextlib.suppress(OSError):
                 path.rmdir()
-        elif _NAME.fullmatch(path.name) or _ASIDE in path.name or path.name == MAPS:
+        elif _NAME.fullmatch(path.name) or _ASIDE in path.name or path.name in (MAPS, _LOCK):
             path.unlink()
     with contextlib.suppress(OSError):
         folder.rmdir()
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """
+    Keep other processes' runs out of a folder for the duration: two would take each other's checkpoints away.
+
+    The system takes the lock back when the process ends, however it does. Where it knows none, nothing is kept out.
+
+    :raises CheckpointError: When another process has the folder.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (folder / _LOCK).open("ab") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise CheckpointError(
+                    f"{folder}: another process keeps its run there; wait for its end or choose another folder"
+                ) from error
+        yield
 
 
 def _files(folder: Path) -> list[tuple[int, str, Path]]:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry
 from art_saliency.gradients import second_derivatives
 from art_saliency.methods.base import Batch, Objective, step_terms
 from art_saliency.methods.baselines import Standard
-from art_saliency.randomness import RandomSource
+from art_saliency.randomness import RandomSource, global_generators_kept
 
 __all__ = ["forward_backward_passes", "step_operations"]
 
@@ -50,7 +50,7 @@ def forward_backward_passes(model: nn.Module, objective: Objective, batch: Batch
     :param model: The network. :param objective: The method. :param batch: Any batch; its size does not matter.
     :return: A ratio; PGD-10 adversarial training is about 7.7.
     """
-    with torch.random.fork_rng(devices=[]):
+    with global_generators_kept():
         return step_operations(model, objective, batch) / step_operations(model, Standard(), batch)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from art_saliency import _checks
+from art_saliency.randomness import global_generators_kept
 
 __all__ = ["PRECISIONS", "Engine", "launched", "reproducible"]
 
@@ -184,17 +185,15 @@ def _part() -> None:
 
 
 @contextmanager
-def reproducible(seed: int, device: torch.device, *, deterministic: bool) -> Iterator[None]:
+def reproducible(seed: int, *, deterministic: bool) -> Iterator[None]:
     """
     Seed torch's global generators (dropout draws from them) for the duration; the user's own sequence is untouched.
 
     :param deterministic: Whether torch refuses kernels whose result varies from run to run.
     """
-    devices = [device.index or 0] if device.type == "cuda" else []
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with global_generators_kept(seed):
         try:
             if deterministic:
                 # cuBLAS reads this when it starts; without it, torch's deterministic mode refuses matrix products.

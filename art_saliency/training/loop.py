@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from art_saliency import _checks
 from art_saliency.gradients import second_derivatives
 from art_saliency.methods.base import Batch, LossTerms, Objective, auxiliary_modules, step_terms
-from art_saliency.modes import modes_kept
+from art_saliency.modes import full_float32, modes_kept, tensor_float32
 from art_saliency.randomness import RandomSource
 from art_saliency.training.batches import Batches
 from art_saliency.training.engine import Engine, reproducible
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from art_saliency.training.checkpoint import Checkpoints
 
 __all__ = ["Run", "train"]
+
+_APART = 1_000_003  # between the seeds of two processes, whose dropout is not to be the same
 
 
 class Run:
@@ -108,13 +111,18 @@ def _epoch(
         batch.progress, batch.target_model = run.step / (run.epochs * steps), run.target_model
         for extension in extensions:
             extension.before_step(run, batch)
-        with second_derivatives(run.objective.double_backward), _around_gradient(run, batch, extensions):
+        with (
+            second_derivatives(run.objective.double_backward),
+            full_float32(run.objective.full_float32),
+            _around_gradient(run, batch, extensions),
+        ):
             with run.engine.autocast():
                 result = step_terms(run.objective, model, batch)
             optimizer.zero_grad(set_to_none=True)
             run.engine.backward(result.loss)
         if grad_clip is not None:
-            torch.nn.utils.clip_grad_norm_(run.model.parameters(), grad_clip)
+            trained = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(trained, grad_clip)
         optimizer.step()
         run.schedule.after_step()
         logits = result.logits.detach()
@@ -132,6 +140,9 @@ def _epoch(
         # After the last step the epoch is first brought to its end: what follows it belongs to it.
         if checkpoints is not None and run.epoch_step < steps:
             checkpoints.after_step(run)
+    if run.epoch_step == 0:
+        got = f"no batch in epoch {run.epoch}"
+        raise _checks.refuse("generator", got, f"{steps}, in every epoch", "give one that can be gone through again")
     run.guard.read(run.step, run.epoch)
 
 
@@ -232,6 +243,7 @@ def train(
         steps_per_epoch=batches.steps_per_epoch,
         device=str(engine.device),
         precision=engine.precision,
+        tf32=engine.device.type == "cuda" and tensor_float32() and not objective.full_float32,
         processes=engine.world_size,
         threads=torch.get_num_threads(),
         deterministic=deterministic,
@@ -241,7 +253,7 @@ def train(
     try:
         with (
             modes_kept(model),
-            reproducible(seed, engine.device, deterministic=deterministic),
+            reproducible(seed + _APART * engine.rank, deterministic=deterministic),
             checkpoints or nullcontext(),
             _surrounded(run, checkpoints),
         ):

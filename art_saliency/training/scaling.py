@@ -14,6 +14,7 @@ from torch import nn
 
 from art_saliency.methods.base import Batch, Objective
 from art_saliency.methods.baselines import Standard
+from art_saliency.randomness import global_generators_kept
 from art_saliency.training.cost import step_operations
 
 __all__ = [
@@ -144,6 +145,6 @@ def counted_passes(
     """
     generator = torch.Generator().manual_seed(0)
     batch = Batch(torch.rand(2, *shape, generator=generator), torch.arange(2))
-    with torch.random.fork_rng(devices=[]):
+    with global_generators_kept():
         one = step_operations(plain, Standard(), batch)
         return {name: step_operations(model, objective, batch) / one for name, (model, objective) in methods.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 from torch.optim import Optimizer
@@ -48,7 +49,7 @@ class Schedule:
         self.per_step = isinstance(scheduler, str)
         self._optimizer = optimizer
         self._before: list[dict[str, Any]] = [
-            {key: group[key] for key in ("lr", "initial_lr", "max_lr", "min_lr") if key in group}
+            {key: deepcopy(group[key]) for key in ("lr", "initial_lr", "max_lr", "min_lr") if key in group}
             for group in optimizer.param_groups
         ]
         self.scheduler = self.checked(scheduler)
