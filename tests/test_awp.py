@@ -204,6 +204,26 @@ def test_an_attack_runs_once_a_step(digits):
     assert calls == [50, 50]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_an_attack_of_the_users_own_draws_anew_in_every_step_as_it_does_without(digits, dropout):
+    def starts(extensions):
+        found = []
+
+        def attack(model, x, y):
+            found.append(torch.rand_like(x))
+            return x + 0.1 * (found[-1] - 0.5)
+
+        model = nn.Sequential(small_network(norm=True), nn.Dropout(dropout))
+        trained = fit(digits, PGDAT(eps=0.1, attack=attack), extensions, model=model, epochs=2)
+        return found, trained.state_dict()
+
+    plain, weights = starts([])
+    perturbed, same_weights = starts([WeightPerturbation(0.0)])
+    assert len({float(start.sum()) for start in perturbed}) == 4
+    assert all(map(torch.equal, plain, perturbed))
+    assert all(torch.equal(weights[name], value) for name, value in same_weights.items())
+
+
 def test_a_layer_without_a_gradient_is_not_moved_and_the_length_is_gammas_share():
     weights, gradients = [torch.randn(4, 3), torch.randn(2, 2)], [torch.randn(4, 3), torch.zeros(2, 2)]
     moved, still = ascent_in_weights(weights, gradients, 0.1)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
 import torch
 from torch import nn
 
-from art_saliency.modes import channels_last, evaluating, frozen, modes_kept, side_pass, training
+from art_saliency.modes import (
+    channels_last,
+    evaluating,
+    frozen,
+    full_float32,
+    modes_kept,
+    side_pass,
+    tensor_float32,
+    training,
+)
 
 
 class StopHereError(Exception):
@@ -230,3 +240,17 @@ def test_channels_last_is_a_layout_for_the_duration_and_changes_no_value():
     for name, value in model.state_dict().items():
         if "running" not in name and "tracked" not in name:
             assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_full_float32_is_for_the_duration_and_for_those_who_need_it(raises):
+    settings = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]
+    before = [setting.fp32_precision for setting in settings]
+    with contextlib.suppress(KeyError), full_float32():
+        assert [setting.fp32_precision for setting in settings] == ["ieee", "ieee"]
+        assert not tensor_float32()
+        if raises:
+            raise KeyError
+    assert [setting.fp32_precision for setting in settings] == before
+    with full_float32(False):
+        assert [setting.fp32_precision for setting in settings] == before

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
 import torch
 from scipy import stats
 
-from art_saliency.randomness import RandomSource, normal, uniform
+from art_saliency.randomness import RandomSource, global_generators_kept, normal, uniform
 
 
 def draws(source):
@@ -94,3 +95,19 @@ def test_normal_numbers_are_finite_at_the_ends_of_the_uniform_ones():
     assert 4.8 < limit < 4.9
     # float32 resolves 1 - 1e-6 to 6e-8, which is 6 % of the tail: 0.02 standard deviations.
     assert drawn.tolist() == pytest.approx([-limit, limit, 0.0], abs=0.02)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_the_global_generators_come_back_also_after_an_error(seed):
+    torch.manual_seed(0)
+    before = torch.rand(2)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(2), before)
+    with contextlib.suppress(KeyError), global_generators_kept(seed):
+        drawn = torch.rand(2)
+        raise KeyError
+    assert torch.equal(torch.rand(2), expected)
+    assert torch.equal(
+        drawn, expected if seed is None else torch.rand(2, generator=torch.Generator().manual_seed(seed))
+    )

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from art.data_generators import PyTorchDataGenerator
+from art.estimators.classification import PyTorchClassifier
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from art_saliency import files, load
 from art_saliency.augmentation import Augmentation
@@ -24,7 +25,7 @@ from art_saliency.cli import main
 from art_saliency.errors import CheckpointError, InputError, NonFiniteLossError, TrainingInterrupted
 from art_saliency.files import read_tensors
 from art_saliency.methods.baselines import Standard
-from art_saliency.training import Extension
+from art_saliency.training import Extension, checkpoint
 from art_saliency.training.checkpoint import cadence, differences
 from tests.kill_training import Count, digits_classifier, finished, in_child, plan, same, torment
 from tests.method_settings import ROWS
@@ -182,11 +183,17 @@ class Jitter(TensorDataset):
         return (x + 0.01 * torch.rand(())).clamp(0, 1), y
 
 
-@pytest.mark.parametrize("own_generator", [False, True])
-def test_a_data_loader_goes_on_in_the_midst_of_an_epoch(digits, tmp_path, own_generator):
+@pytest.mark.parametrize("generator_of", ["nobody", "loader", "sampler", "batch sampler"])
+def test_a_data_loader_goes_on_in_the_midst_of_an_epoch(digits, tmp_path, generator_of):
     def loader():
-        generator = torch.Generator().manual_seed(3) if own_generator else None
-        return DataLoader(Jitter(digits[0][:96], digits[1][:96]), batch_size=32, shuffle=True, generator=generator)
+        images = Jitter(digits[0][:96], digits[1][:96])
+        generator = None if generator_of == "nobody" else torch.Generator().manual_seed(3)
+        if generator_of in ("nobody", "loader"):
+            return DataLoader(images, batch_size=32, shuffle=True, generator=generator)
+        sampler = RandomSampler(images, generator=generator)
+        if generator_of == "sampler":
+            return DataLoader(images, batch_size=32, sampler=sampler)
+        return DataLoader(images, batch_sampler=BatchSampler(sampler, 32, drop_last=False))
 
     expected = train(digits, loader=loader)
     for at in (2, 6):
@@ -225,6 +232,44 @@ def test_never_starts_anew_and_replaces_what_is_there(digits, whole, tmp_path):
         train(digits, tmp_path, at=2, resume="never")
     assert [read_tensors(path)["state"]["step"] for path in kept(tmp_path)] == [0]
     assert same(train(digits, tmp_path), whole)
+
+
+def test_anew_means_anew_also_where_the_run_ends_before_its_own_first_checkpoint(digits, tmp_path):
+    """A method with a teacher trains that first: interrupted there, the run goes on with its teacher, not with the old run."""
+    train(digits, tmp_path, method="j-sigr", seed=1)
+
+    class Stopped(Exception):  # noqa: N818
+        pass
+
+    with pytest.MonkeyPatch.context() as patched:
+
+        def stop(*_, **__):
+            raise Stopped
+
+        patched.setattr("art_saliency.trainers.base.teacher_maps", stop)
+        with pytest.raises(Stopped):
+            train(digits, tmp_path, method="j-sigr", seed=1, resume="never", nb_epochs=2)
+    assert kept(tmp_path) == []
+    train(digits, tmp_path, method="j-sigr", seed=1, nb_epochs=2)
+
+
+@pytest.mark.parametrize("name", ["onecycle", "cyclic", "plateau"])
+def test_the_same_objects_go_on_though_the_schedule_has_moved_them(digits, tmp_path, name):
+    """As in a notebook, after Ctrl-C: rate and momentum stand where the run left them."""
+    make = {
+        "onecycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=EPOCHS + 1),
+        "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=2),
+        "plateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=1e9),
+    }[name]
+
+    def fresh():
+        classifier = digits_classifier("sgd")
+        return {"classifier": classifier, "scheduler": make(classifier.optimizer)}
+
+    expected, kept_objects = train(digits, **fresh()), fresh()
+    with pytest.raises(Crash):
+        train(digits, tmp_path, at=8, **kept_objects)
+    assert same(train(digits, tmp_path, **kept_objects), expected)
 
 
 def test_a_seed_that_was_drawn_is_taken_up(digits, tmp_path):
@@ -314,6 +359,31 @@ def test_a_full_disk_is_one_clear_error_and_the_older_checkpoint_is_whole(digits
     assert same(train(digits, tmp_path), whole)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_folder_is_one_processes_at_a_time_and_free_again_when_that_one_is_killed(digits, whole, tmp_path):
+    train(digits, tmp_path, nb_epochs=1, seed=9)
+    theirs = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    ready, say = os.pipe()
+    child = os.fork()
+    if not child:
+        with checkpoint._alone(tmp_path):
+            os.write(say, b"!")
+            time.sleep(600)
+    assert os.read(ready, 1) == b"!"
+    try:
+        with pytest.raises(CheckpointError, match="another process keeps its run there; wait for its end or choose"):
+            train(digits, tmp_path, resume="never")
+        lock = tmp_path / "checkpoint.lock"
+        assert theirs == {path: path.read_bytes() for path in tmp_path.iterdir() if path != lock}
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(ready)
+        os.close(say)
+    assert same(train(digits, tmp_path, resume="never"), whole)
+    assert not lock.exists()
+
+
 def test_what_a_killed_writer_left_is_cleared_away(digits, tmp_path):
     tmp_path.joinpath(".checkpoint.writing.0123456789abcdef").write_bytes(b"half")
     tmp_path.joinpath("checkpoint.writing").write_bytes(b"whole, but unnamed")
@@ -393,6 +463,15 @@ def other_network(**changes):
         next(classifier.model.parameters()).requires_grad_(False)
     if changes.get("activation"):
         classifier.model.features[2] = nn.SiLU()
+    if wrapped := {name: changes[name] for name in ("preprocessing", "clip_values") if name in changes}:
+        return PyTorchClassifier(
+            classifier.model,
+            nn.CrossEntropyLoss(),
+            classifier.input_shape,
+            10,
+            classifier.optimizer,
+            **{"clip_values": (0.0, 1.0), **wrapped},
+        )
     return classifier
 
 
@@ -416,6 +495,8 @@ OTHERS = {
     "validation": ({"validation_data": None}, "data.validation: 20 images.* then, none now"),
     "frozen": ({"classifier": {"frozen": True}}, "network.frozen.0"),
     "activation": ({"classifier": {"activation": True}}, "network.modules.*SiLU"),
+    "preprocessing": ({"classifier": {"preprocessing": (0.5, 0.25)}}, "input: none then, .*preprocessing"),
+    "pixel range": ({"classifier": {"clip_values": (0.0, 2.0)}}, r"input: none then, .*2\.0"),
 }
 
 

@@ -15,7 +15,7 @@ from art.data_generators import PyTorchDataGenerator
 from art.defences.preprocessor import GaussianAugmentation, JpegCompression
 from art.defences.trainer import AdversarialTrainerMadryPGD, Trainer
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import art_saliency
 from art_saliency.attacks import pgd
@@ -193,6 +193,83 @@ def test_an_array_loader_and_a_generator_train(digits):
         assert len(trainer.history) == 3
         assert trainer.history[-1]["validation_accuracy"] > 0.6
         assert trainer.history.meta["steps_per_epoch"] == 23
+
+
+@pytest.mark.parametrize("rows", [33, 40])
+def test_a_stream_leaves_a_last_image_alone_out_as_an_array_does(digits, rows):
+    trainer = StandardTrainer(classifier(small_network(norm=True)))
+    loader = DataLoader(TensorDataset(digits[0][:rows], digits[1][:rows]), batch_size=8)
+    trainer.fit_generator(loader, nb_epochs=2, seed=0, verbose=False, scheduler="onecycle")
+    assert trainer.history.meta["steps_per_epoch"] == rows // 8
+    assert trainer._classifier.optimizer.param_groups[0]["lr"] == 0.01
+
+
+class Once(IterableDataset):
+    """A stream that can be read once, or one that has no length."""
+
+    def __init__(self, batches, length=None):
+        self.batches = iter(batches)
+        if length is not None:
+            self.__class__ = type("Counted", (Once,), {"__len__": lambda _: length})
+
+    def __iter__(self):
+        return self.batches
+
+
+STREAMS = {
+    "no batch": (lambda x, y: DataLoader(TensorDataset(x, y), batch_size=99, drop_last=True), "without a batch"),
+    "no length": (lambda x, y: DataLoader(Once([(x, y)]), batch_size=None), "Once without a length"),
+    "three things": (
+        lambda x, y: DataLoader(TensorDataset(x, y, y), batch_size=32),
+        "got 3 things as a batch, expected pairs of images and labels",
+    ),
+    "one thing": (lambda x, y: DataLoader(x, batch_size=32), "got a Tensor as a batch"),
+    "read once": (
+        lambda x, y: DataLoader(Once([(x, y)], 1), batch_size=None),
+        "got no batch in epoch 1, expected 1, in every epoch",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_streams_that_cannot_be_trained_from_are_refused_by_name(kind, digits):
+    make, words = STREAMS[kind]
+    trainer = StandardTrainer(classifier())
+    with pytest.raises(InputError, match=f"generator: .*{words}"):
+        trainer.fit_generator(make(digits[0][:64], digits[1][:64]), nb_epochs=2, seed=0, verbose=False)
+
+
+def test_soft_labels_are_validated_by_their_likeliest_class(digits):
+    x, y, x_test, y_test = digits
+    soft = 0.9 * nn.functional.one_hot(y_test, 10) + 0.01
+    found = []
+    for labels in (y_test, soft):
+        trainer = StandardTrainer(classifier())
+        trainer.fit(x[:64], y[:64], validation_data=(x_test, labels), **QUICK)
+        found.append(trainer.history[-1]["validation_accuracy"])
+    assert found[0] == found[1] > 0
+
+
+def test_a_clipped_gradient_is_that_of_the_trained_weights_alone(digits):
+    def trained(freeze):
+        model = small_network(norm=True)
+        model.features.requires_grad_(not freeze)
+        head = torch.optim.SGD(model.linear.parameters(), lr=0.1)
+        trainer = StandardTrainer(classifier(model, optimizer=head))
+        trainer.fit(digits[0][:256], digits[1][:256], grad_clip=0.1, **{**QUICK, "nb_epochs": 2})
+        return weights(model)
+
+    assert same(trained(freeze=True), trained(freeze=False))
+
+
+def test_numbers_of_numpy_are_written_as_numbers(digits, tmp_path):
+    eps = np.float32(0.125)
+    trainer = PGDATTrainer(classifier(), eps=eps, eps_step=np.float64(0.05))
+    assert trainer.config()["eps"] == 0.125
+    assert isinstance(trainer.config()["eps"], float)
+    layer = FSRTrainer(classifier(), target="features", hidden=np.int64(8), tau=np.float32(0.5), eps=eps, max_iter=1)
+    layer.fit(digits[0][:64], digits[1][:64], checkpoint_dir=tmp_path, **QUICK)
+    assert layer.config()["hidden"] == 8
 
 
 def test_an_art_attack_and_a_callable_serve_as_inner_maximisation(digits):
@@ -434,6 +511,33 @@ def test_fsr_refuses_a_scheduler_that_does_not_know_its_parameters(digits):
         trainer.fit(digits[0][:64], digits[1][:64], scheduler=early, **QUICK)
     late = torch.optim.lr_scheduler.StepLR(art_classifier.optimizer, 1)
     trainer.fit(digits[0][:64], digits[1][:64], scheduler=late, **QUICK)
+
+
+def test_fsr_looks_for_its_parameters_in_every_part_of_a_scheduler(digits):
+    art_classifier = classifier()
+    lr = torch.optim.lr_scheduler
+    parts = [lr.ConstantLR(art_classifier.optimizer), lr.StepLR(art_classifier.optimizer, 1)]
+    early = lr.SequentialLR(art_classifier.optimizer, parts, milestones=[1])
+    trainer = FSRTrainer(art_classifier, target="features", hidden=8, eps=0.1, max_iter=2)
+    before = weights(art_classifier.model)
+    with pytest.raises(InputError, match="build it after FSRTrainer"):
+        trainer.fit(digits[0][:64], digits[1][:64], scheduler=early, **QUICK)
+    assert same(before, weights(art_classifier.model))
+
+
+def test_fsr_gives_the_optimizer_its_own_parameters_alone(digits):
+    model = small_network(norm=True)
+    head = torch.optim.SGD(model.linear.parameters(), lr=0.1)
+    art_classifier = classifier(model, optimizer=head)
+    features = {
+        name: value for name, value in weights(model).items() if name in ("features.0.weight", "features.3.bias")
+    }
+    trainer = FSRTrainer(art_classifier, target="features", hidden=8, eps=0.1, max_iter=2)
+    trainer.fit(digits[0][:64], digits[1][:64], **QUICK)
+    trained = {id(parameter) for group in head.param_groups for parameter in group["params"]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in trained}
+    assert names == {name for name, _ in model.named_parameters() if "linear" in name or ".fsr." in name}
+    assert all(any(torch.equal(value, now) for now in weights(model).values()) for value in features.values())
 
 
 def test_fsr_that_cannot_be_inserted_leaves_network_and_optimizer_alone(digits):

@@ -398,13 +398,16 @@ def test_progress_is_shown_on_the_error_stream_alone(engine, digits, capsys):
 
 
 @pytest.mark.gpu
-def test_a_step_on_a_gpu_waits_for_nothing(digits):
-    """No synchronisation between the first and the last step of an epoch."""
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_step_on_a_gpu_waits_for_nothing(digits, resident, monkeypatch):
+    """No synchronisation between the first and the last step of an epoch, wherever the images lie."""
     device = torch.device("cuda")
     torch.manual_seed(0)
     model = small_network().to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    batches = ResidentBatches(digits[0][:256].to(device), digits[1][:256].to(device), batch_size=64, device=device)
+    monkeypatch.setattr("art_saliency.training.batches._fits", lambda x, device: resident)
+    batches = ResidentBatches(digits[0][:256], digits[1][:256], batch_size=64, device=device)
+    assert batches.x.is_cuda == resident
 
     class Strict(Extension):
         def after_step(self, run):

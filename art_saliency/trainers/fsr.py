@@ -63,8 +63,8 @@ class FSRTrainer(ObjectiveTrainer):
         super().__init__(classifier, **parameters)
         check_trainable(self._network, classifier)
         self.target = target
-        self._layer_config: LayerOptions = {
-            "hidden": _checks.whole("hidden", hidden, least=1),  # as Python's own number, which is JSON
+        options: LayerOptions = {
+            "hidden": hidden,
             "tau": tau,
             "zero_init": zero_init,
             "lambda_sep": lambda_sep,
@@ -73,8 +73,11 @@ class FSRTrainer(ObjectiveTrainer):
         }
         example = torch.rand(2, *classifier.input_shape, device=classifier.device)
         example = example * (self._network.high - self._network.low) + self._network.low
-        insert_fsr(classifier.model, target, classifier.nb_classes, example, **self._layer_config)
-        _add_parameters(classifier.optimizer, fsr_layers(classifier.model)[target])
+        insert_fsr(classifier.model, target, classifier.nb_classes, example, **options)
+        layer = fsr_layers(classifier.model)[target]
+        # As the layer has checked them: numbers of NumPy's are no JSON.
+        self._layer_config = {name: getattr(layer, name, zero_init) for name in options}
+        _add_parameters(classifier.optimizer, layer)
 
     @classmethod
     def method_name(cls) -> str:

@@ -373,15 +373,20 @@ def _alone(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    with (folder / _LOCK).open("ab") as file:
+    path = folder / _LOCK
+    taken = CheckpointError(f"{folder}: another process keeps its run there; wait for its end or choose another folder")
+    with path.open("ab") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise CheckpointError(
-                    f"{folder}: another process keeps its run there; wait for its end or choose another folder"
-                ) from error
-        yield
+                raise taken from error
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise taken  # its owner took the file away in between: it is at its end
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _files(folder: Path) -> list[tuple[int, str, Path]]:
