@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 
 from benchmarking.grids import GRIDS
 
+from art_saliency import _checks
 from art_saliency.errors import ArtSaliencyError, TrainingInterrupted
 
 RESULTS = Path(__file__).parent / "results"
@@ -32,8 +34,14 @@ def standing(out: Path, grid: str, name: str, seed: int) -> dict[str, Any] | Non
     from benchmarking.running import file_of, stands
 
     path = file_of(out, grid, name, seed)
-    page: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    return page if page and stands(page) else None
+    if not path.is_file():
+        return None
+    try:
+        page: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return page if stands(page) else None
+    except (ValueError, KeyError, TypeError):
+        got = f"{path}, which is damaged"
+        raise _checks.refuse("--out", got, "files as `run` writes them", "take it away: it is made anew") from None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,13 +51,13 @@ def run(args: argparse.Namespace) -> int:
 
     grid = GRIDS[args.grid]
     if not grid.data and args.data is None:
-        print(f"error: --data: got nothing, expected the file of {grid.title}", file=sys.stderr)
-        return 2
+        raise _checks.refuse("--data", "nothing", f"the file of {grid.title}")
     arms = grid.arms if args.arms is None else tuple(args.arms.split(","))
-    if unknown := [name for name in arms if name not in grid.arms]:
-        print(f"error: --arms: got {unknown[0]!r}, expected some of {', '.join(grid.arms)}", file=sys.stderr)
-        return 2
-    torch.set_num_threads(args.threads)
+    for name in arms:
+        if name not in grid.arms:
+            raise _checks.refuse("--arms", repr(name), f"some of {', '.join(grid.arms)}")
+    torch.set_num_threads(_checks.whole("--threads", args.threads, least=1))
+    args.out.mkdir(parents=True, exist_ok=True)
     data = read_data(grid, args.data)
     for seed in args.seeds or range(grid.seeds):
         for name in arms:
@@ -124,9 +132,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.act(args)
+    except TrainingInterrupted as error:
+        name = signal.Signals(error.signal).name
+        print(f"interrupted by {name} after step {error.step}; the same words go on", file=sys.stderr)
+        return error.exit_code
     except ArtSaliencyError as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, TrainingInterrupted) else 2
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

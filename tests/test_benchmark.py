@@ -25,6 +25,7 @@ from benchmarking.claims import CLAIMS, HEADLINE, HEADLINE_DIFFERENCES  # noqa: 
 from benchmarking.figures import figure_names, recorded  # noqa: E402
 
 from art_saliency.training.engine import Engine  # noqa: E402
+from tests.helpers import write_few_digits  # noqa: E402
 
 RESULTS = ROOT / "examples" / "results"
 STORED = sorted(RESULTS.glob("*/*.json"))
@@ -71,7 +72,7 @@ def test_one_data_set_a_grid():
     for path in STORED:
         page = json.loads(path.read_text())
         found.setdefault(page["grid"], set()).add(page["data_sha256"])
-    assert {grid: len(hashes) for grid, hashes in found.items()} == dict.fromkeys(found, 1)
+    assert found == {grid: {grids.GRIDS[grid].data_sha256} for grid in found}
 
 
 def test_one_pair_of_surrogates_a_grid_and_seed():
@@ -240,7 +241,7 @@ def test_kept_trainings_are_gone_on_with_and_what_is_judged_anew_is_not_trained_
     monkeypatch.setattr(Engine, "backward", counted)
     assert run("interrupted", *kept) == 128 + signal.SIGTERM
     assert "interrupted by SIGTERM after step 1" in capsys.readouterr().err
-    assert not (tmp_path / "interrupted").exists()
+    assert list((tmp_path / "interrupted").iterdir()) == []
     assert run("resumed", *kept) == 0
     assert len(steps) == 2 + 2 * 2, "the network's second step, and two of each surrogate"
     assert run("anew", *kept) == 0
@@ -256,12 +257,34 @@ def test_kept_trainings_are_gone_on_with_and_what_is_judged_anew_is_not_trained_
         (["mnist-0.2"], "--data: got nothing, expected the file of MNIST"),
         (["digits", "--arms", "pgd"], "--arms: got 'pgd', expected some of standard"),
         (["mnist-0.2", "--data", "no.npz"], "no.npz"),
+        (["digits", "--threads", "0"], "--threads: got 0"),
+        (
+            ["mnist-0.2", "--data", "digits"],
+            "--data: got digits, whose fingerprint is d6ba04f0e608..., expected the images",
+        ),
+        (["digits", "--data", "FEW"], "expected the images and labels of digits, Linf 0.2"),
     ],
 )
 def test_wrong_words_are_answered_with_what_was_expected(words, said, capsys, tmp_path):
-    assert benchmark.main(["run", *words, "--out", str(tmp_path)]) == 2
-    assert said in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    few, out = write_few_digits(tmp_path / "few.npz", 40, 20), tmp_path / "out"
+    assert benchmark.main(["run", *(str(few) if word == "FEW" else word for word in words), "--out", str(out)]) == 2
+    said_here = capsys.readouterr().err
+    assert said in said_here
+    assert said_here.count("\n") == 1
+    assert not out.exists() or list(out.iterdir()) == []
+
+
+def test_a_damaged_file_and_a_place_that_cannot_be_written_are_one_line(tiny, tmp_path, capsys):
+    path = running.file_of(tmp_path, "digits", "standard", 0)
+    path.parent.mkdir()
+    for content in ("{", "{}", "[]"):
+        path.write_text(content)
+        assert benchmark.main(["list", "--out", str(tmp_path)]) == 2
+        assert capsys.readouterr().err == (
+            f"error: --out: got {path}, which is damaged, expected files as `run` writes them; take it away: it is made anew\n"
+        )
+    assert benchmark.main(["run", "digits", "--out", str(path / "below")]) == 2
+    assert capsys.readouterr().err == f"error: {path / 'below'}: Not a directory\n"
 
 
 @pytest.mark.parametrize(

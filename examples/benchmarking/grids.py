@@ -50,6 +50,7 @@ class Grid:
     One data set, one network, one budget.
 
     :ivar title: What tables call it. :ivar data: Of the command line's ``--data``; "" must be given, as a file.
+    :ivar data_sha256: Of these very images and labels (``DataSet.fingerprint``): a row of a table is of nothing else.
     :ivar network: Arguments of ``build_network`` beside the data's own. :ivar train_images: The first so many; ``None`` is all.
     :ivar images: Test images for AutoAttack, the first ones. :ivar arms: What is trained.
     :ivar parameters: Of every method that takes them. :ivar options: Of every run. :ivar seeds: How many, from 0.
@@ -59,6 +60,7 @@ class Grid:
 
     title: str
     data: str
+    data_sha256: str
     network: dict[str, Any]
     eps: float
     epochs: int
@@ -212,6 +214,7 @@ _COMBINATIONS = (
 )
 _DIGITS: dict[str, Any] = {
     "data": "digits",
+    "data_sha256": "d6ba04f0e6087678e1865a32e66574b0384b8973b1bf1ba3cdc9c7792726e957",
     "network": {"name": "small-cnn", "activation": "relu", "width": 16},
     "eps": 0.2,
     "epochs": 30,
@@ -219,8 +222,9 @@ _DIGITS: dict[str, Any] = {
     "lr": 0.01,
     "hidden": 16,
 }
-_MNIST = {
+_MNIST: dict[str, Any] = {
     "data": "",
+    "data_sha256": "693f7ac6308a9b43dbd7636f8c45479735e84d6b21f6e3a4c2f0981721ddcd01",
     "network": {"name": "mnist-cnn", "activation": "relu", "width": 16},
     "epochs": 6,
     "batch_size": 64,
@@ -276,6 +280,7 @@ GRIDS: dict[str, Grid] = {
     "cifar10-jpeg-10k": Grid(
         title="JPEG-75 CIFAR-10, 10,000 training images, Linf 8/255, ResNet-18 of width 16, 5 epochs",
         data="",
+        data_sha256="41fbdd84131c578e793d35a81a009e4a1df7ff6252cada497d36b412778c27c5",
         network={"name": "resnet18", "activation": "relu", "width": 16},
         eps=8 / 255,
         epochs=5,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from art_saliency import _checks
 from art_saliency._version import __version__
 from art_saliency.attacks import pgd
 from art_saliency.cli._arms import Budget, Trained, cost_of, train_arm
@@ -55,7 +56,7 @@ def _plain(name: str) -> str:
 
 def settings_of(grid: Grid, entry: Contestant, seed: int) -> dict[str, Any]:
     """:return: All that a run depends on beside versions and hardware, JSON-able: a stored run with other settings is run again."""
-    left_out = ("arms", "title", "seeds", "audited", *(() if grid.held_out else ("held_out",)))
+    left_out = ("arms", "title", "seeds", "audited", "data_sha256", *(() if grid.held_out else ("held_out",)))
     shared = {k: v for k, v in asdict(grid).items() if k not in left_out}
     return json.loads(json.dumps({**shared, "arm": asdict(entry.arm), "seed": seed, "data": grid.data or "a file"}))
 
@@ -75,6 +76,8 @@ def stands(page: Mapping[str, Any]) -> bool:
     grid = GRIDS[page["grid"]]
     entry = contestant(page["arm"], grid)
     if page["schema"] != SCHEMA or page["settings"] != settings_of(grid, entry, page["seed"]):
+        return False
+    if page["data_sha256"] != grid.data_sha256:
         return False
     # A parameter that is newer than the run does at its default what was done before there was one.
     return all(page["method"].get(name, value) == value for name, value in method_of(grid, entry).items())
@@ -238,8 +241,12 @@ _KEPT: dict[tuple[str, int], dict[str, nn.Module]] = {}
 
 
 def read_data(grid: Grid, given: str | None, root: str | None = None) -> DataSet:
-    """:return: The grid's own data, or the file that is given."""
-    return load_data(given or grid.data, root=root)
+    """:return: The grid's own data, or the file that is given. :raises InputError: When that is of anything else."""
+    data = load_data(given or grid.data, root=root)
+    if (found := data.fingerprint()) != grid.data_sha256:
+        got = f"{given or grid.data}, whose fingerprint is {found[:12]}..."
+        raise _checks.refuse("--data", got, f"the images and labels of {grid.title} ({grid.data_sha256[:12]}...)")
+    return data
 
 
 def _commit() -> str | None:
