@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from art_saliency.data import load_data, to_unit
 from art_saliency.errors import InputError, UnsupportedModelError
 from art_saliency.gradients import cosine, input_gradient
 from art_saliency.methods.adv_gsct import (
@@ -21,6 +22,7 @@ from art_saliency.methods.adv_gsct import (
     prediction_divergence,
 )
 from art_saliency.methods.base import Batch
+from art_saliency.networks import build_network
 from art_saliency.randomness import RandomSource
 from art_saliency.threat import ThreatModel
 from tests.references import adv_gsct_reference as reference
@@ -328,3 +330,64 @@ def test_training_raises_saliency_consensus_over_the_same_method_without_it(digi
             found.append(saliency_consensus(model, x_test, y_test, 0.15))
         gains.append(found[0] - found[1])
     assert min(gains) > 0, gains  # by chance once in 256 times
+
+
+# --- what a GPU rounds ----------------------------------------------------------------------------------------------
+
+
+class _Rounded(torch.autograd.Function):
+    """To the 10 bits of TF32."""
+
+    @staticmethod
+    def forward(ctx, x):
+        bits = x.contiguous().view(torch.int32)
+        return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class _RoundedBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _Rounded.apply(gradient)
+
+
+def _gradient_of_consensus(form, dtype):
+    """Of the consensus alone to the weights, on digits."""
+
+    class Source(RandomSource):
+        def uniform(self, like):
+            return super().uniform(like.float()).to(like.dtype)
+
+    data = load_data("digits")
+    x, y = to_unit(data.x_train[:64]).to(dtype), data.y_train[:64]
+    torch.manual_seed(0)
+    model = build_network("small-cnn", num_classes=10, input_shape=(1, 8, 8), activation="silu").to(dtype).train()
+    found = []
+    for weight in (1.0, 0.0):
+        settings = {**OFF, "consensus": weight, "warmup_share": 0.0, "eps_warmup_share": 0.0}
+        loss = AdvGSCT(eps=0.1, form=form, **settings)(model, Batch(x, y, progress=1.0, random=Source(0))).loss
+        found.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))]).double())
+    return found[0] - found[1]
+
+
+@pytest.mark.parametrize("form", ["double-backward", "finite-difference"])
+def test_the_form_that_subtracts_passes_asks_for_full_float32_and_the_other_needs_none(form, monkeypatch):
+    exact, plain = _gradient_of_consensus(form, torch.float64), nn.Conv2d._conv_forward
+    in_full = _gradient_of_consensus(form, torch.float32)
+
+    def as_tf32(self, x, weight, bias):
+        return _RoundedBack.apply(plain(self, _Rounded.apply(x), _Rounded.apply(weight), bias))
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", as_tf32)
+    rounded = _gradient_of_consensus(form, torch.float32)
+    full, tf32 = (float((found - exact).norm() / exact.norm()) for found in (in_full, rounded))
+    assert full < 0.002
+    assert (tf32 > 0.05) == AdvGSCT(eps=0.1, form=form).full_float32
+    assert tf32 < 0.3

@@ -43,8 +43,8 @@ class RunOptions:
     :ivar swa_from: The share of the run after which the weights are averaged equally, epoch by epoch; ``None`` does not average.
     :ivar awp: gamma of adversarial weight perturbation (0.005, say); ``None`` is without.
     :ivar label_smoothing: 0 to below 1; for methods that take soft labels.
-    :ivar checkpoint_dir: A folder where the run is kept, so that it can go on bit for bit when it was interrupted; ``None`` writes
-        nothing. SIGINT and SIGTERM then end a run after its step, with
+    :ivar checkpoint_dir: A folder where the run is kept, so that it can go on when it was interrupted: on a CPU bit for bit, on one GPU
+        with `deterministic`; ``None`` writes nothing. One process at a time keeps its run in a folder. SIGINT and SIGTERM then end a run after its step, with
         :class:`~art_saliency.errors.TrainingInterrupted`.
     :ivar checkpoint_every: A number of epochs, or words: ``"500 steps"``, ``"600 seconds"``.
     :ivar resume: ``"auto"`` goes on where a run in `checkpoint_dir` was interrupted, ``"must"`` refuses to start anew, ``"never"``
