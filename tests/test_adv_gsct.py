@@ -284,6 +284,7 @@ def test_the_slow_copy_gives_the_target_where_it_is_asked_to():
         ({"consensus": float("nan")}, "consensus: got nan"),
         ({"form": "differences"}, "'double-backward', 'finite-difference'"),
         ({"form": "finite-difference", "linearity": 1}, "linearity: got 1, expected 0"),
+        ({"target_network": "ema", "l2_consensus": 1}, "l2_consensus: got 1 with target_network='ema', expected 0"),
         ({"h": 0}, "h: got 0"),
         ({"label_on": "clean"}, "'pseudo-input', 'both'"),
     ],

@@ -296,6 +296,11 @@ class AdvGSCT(Objective):
         self.label_on = _checks.one_of("label_on", label_on, ("pseudo-input", "both"))
         self.target_network = _checks.one_of("target_network", target_network, ("current", "ema"))
         self.needs_target_model = target_network == "ema"
+        if self.needs_target_model and self.l2_consensus:
+            # Beside a slow copy's saliency only one branch is live, and against such a target the squared distance diverges.
+            raise _checks.refuse(
+                "l2_consensus", f"{self.l2_consensus:g} with target_network='ema'", "0", "it needs both saliencies live"
+            )
         self.form = _checks.one_of("form", form, ("double-backward", "finite-difference"))
         self.full_float32 = form == "finite-difference"
         self.h = _checks.real("h", h, above=0)
