@@ -6,6 +6,7 @@ Networks are small and images are made here; what RobustBench does with them is 
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from torch import nn
 from art_saliency import autoattack, build_network, export_robustbench, insert_fsr, load_robustbench, verify_bundle
 from art_saliency.cli import main
 from art_saliency.errors import CheckpointError, InputError, MissingDependencyError, UnsupportedModelError
+from art_saliency.evaluation.accuracy import binomial_interval
 from art_saliency.files import read_tensors, sha256_of_file, sha256_of_tensors
 from art_saliency.robustbench import export
 from art_saliency.robustbench.bundle import SUMS
@@ -264,7 +266,8 @@ def test_the_commands_go_all_the_way(place, images, results, proven, capsys, mon
     assert main(["verify", str(out)]) == 0
     told = capsys.readouterr().out
     assert "good, as far as it was checked" in told
-    assert told.count("not checked:") == 2
+    assert told.count("not checked:") == 3
+    assert "there are none to be scored" in told  # the run's evaluation kept no adversarial images
     assert main(words) == 2
     assert "add --force" in capsys.readouterr().err
     (out / "model_info" / "cifar10" / "Linf" / "Doe2026Command.json").write_text(json.dumps({**info, "eps": 0.03}))
@@ -343,20 +346,30 @@ def test_the_benchmarks_number_is_compared_exactly(proven, place, results, answe
 
 
 def test_with_another_batch_size_it_is_compared_with_the_spread(place, images, results, answered, tmp_path):
-    import dataclasses
-
     answered()
     others = [dataclasses.replace(results[0], batch_size=250, seed=seed) for seed in (5, 6)]
-    half = torch.zeros(12, dtype=torch.bool)
-    half[:6] = True
-    others[1] = dataclasses.replace(others[1], correct=half, robust_accuracy=0.5)
+    two = torch.zeros(12, dtype=torch.bool)
+    two[:2] = True
+    others[1] = dataclasses.replace(others[1], correct=two, robust_accuracy=2 / 12)
     out = export_robustbench(sharp(network()), "Doe2026Spread", out=tmp_path / "b", evaluation=others)
-    low, high = sorted([round(12 * results[0].robust_accuracy), 6])
+    low, high = sorted([round(12 * results[0].robust_accuracy), 2])
     for robust, good in ((low, True), (high, True), (high + 1, False)):
         answered(benchmark=seen(results[0], robust=robust))
         found = verify_bundle(out, trust=True, benchmark=True)
         assert found.ok == good, found.problems
         assert found.benchmark["allowed"] == [low / 12, high / 12]
+
+
+def test_no_spread_allows_more_than_the_interval_of_the_count(place, results, answered, tmp_path):
+    """One seed that finds nothing robust would let any number below the stated one pass."""
+    answered()
+    stated = dataclasses.replace(results[0], batch_size=250, x_adv=None, robust_accuracy=0.5)
+    none = dataclasses.replace(stated, seed=6, robust_accuracy=0.0)
+    out = export_robustbench(sharp(network()), "Doe2026Spread", out=tmp_path / "b", evaluation=[stated, none])
+    answered(benchmark=seen(results[0], robust=0, rescored=6))
+    found = verify_bundle(out, trust=True, benchmark=True)
+    assert found.benchmark["allowed"] == [binomial_interval(6, 12)[0], 0.5]
+    assert any("RobustBench finds 0.00% robust, expected" in problem for problem in found.problems)
 
 
 @pytest.mark.parametrize(
@@ -574,6 +587,17 @@ def edited(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def stated_otherwise(bundle, **changes):
+    path = bundle / "evaluation.json"
+    edited(path, stated={**json.loads(path.read_text())["stated"], **changes})
+
+
+def seconded(bundle, spread, **changes):
+    """Add a second evaluation, and a spread."""
+    path = bundle / "evaluation.json"
+    edited(path, others=[{**json.loads(path.read_text())["stated"], **changes}], over_seeds=spread)
+
+
 @pytest.mark.parametrize("again", [False, True], ids=["sums as they were", "sums made to fit"])
 @pytest.mark.parametrize(
     ("harm", "says"),
@@ -597,6 +621,22 @@ def edited(path, **changes):
         (lambda b: edited(b / "evaluation.json", stated={}), "holds no evaluation that can be read"),
         (lambda b: edited(b / "evaluation.json", exported_weights_sha256="0"), "is of other weights"),
         (lambda b: (b / "evaluation.json").unlink(), "states clean_acc without an evaluation"),
+        (lambda b: stated_otherwise(b, norm="L2"), "evaluation.json is for L2, expected Linf"),
+        (lambda b: stated_otherwise(b, standard=False), "not of AutoAttack's standard version"),
+        (lambda b: stated_otherwise(b, eps=1 / 255), "'eps': '8/255', expected '1/255', which evaluation.json says"),
+        (lambda b: stated_otherwise(b, count=0), "holds no evaluation that can be read (count)"),
+        (lambda b: stated_otherwise(b, eps=float("nan")), "holds no evaluation that can be read (eps)"),
+        (lambda b: stated_otherwise(b, robust_accuracy=0.8), "a robust accuracy above the clean one"),
+        (lambda b: edited(b / "evaluation.json", over_seeds={"low": 0, "high": 1}), "another spread over seeds"),
+        (lambda b: edited(b / "evaluation.json", others=None), "holds no evaluation that can be read"),
+        (lambda b: edited(b / "evaluation.json", others=[{}]), "holds no evaluation that can be read (clean_accuracy"),
+        (lambda b: seconded(b, {"low": 0, "high": 1}, seed=6), "another spread over seeds"),
+        (lambda b: seconded(b, None), "holds two with the same seed"),
+        (lambda b: seconded(b, None, seed=6, data_sha256="0"), "holds some that differ in data_sha256"),
+        (lambda b: seconded(b, None, seed=6, norm="L2"), "evaluation.json is for L2, expected Linf"),
+        (lambda b: (b / "x_adv.pt").unlink(), "no adversarial images that can be read"),
+        (lambda b: torch.save({"x_adv": torch.zeros(12, *SHAPE)}, b / "x_adv.pt"), "holds other images than those"),
+        (lambda b: edited(b / "evaluation.json", x_adv_sha256=None), "holds other images than those"),
         (lambda b: (b / "architecture.py").write_text("import art_saliency\n"), "imports 'art_saliency'"),
         (lambda b: (b / "architecture.py").write_text("def ("), "is not Python code"),
         (lambda b: (b / "architecture.py").unlink(), "architecture.py is there though"),
@@ -617,6 +657,15 @@ def test_whatever_is_wrong_with_a_bundle_is_said_and_it_is_not_run(copied, monke
     found = verify_bundle(copied, trust=True)
     assert any(says in problem for problem in found.problems), found.problems
     assert again or any(SUMS in p or "sum differs" in p or "missing" in p for p in found.problems)
+
+
+def test_a_bundle_without_adversarial_images_says_that_none_are_scored(copied):
+    (copied / "x_adv.pt").unlink()
+    edited(copied / "evaluation.json", x_adv_sha256=None)
+    sums_again(copied)
+    found = verify_bundle(copied)
+    assert found.problems == []
+    assert sum("adversarial images (there are none to be scored)" in line for line in found.unchecked) == 1
 
 
 def test_what_is_no_bundle_at_all_is_refused(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,22 @@ from art_saliency.files import read_tensors, sha256_of_tensors
 from art_saliency.robustbench.deployable import Deployable
 from art_saliency.threat import ThreatModel
 
-__all__ = ["Evidence", "autoattack_log", "gather", "record_problems", "spread"]
+__all__ = ["Evidence", "autoattack_log", "differences", "gather", "record_problems", "spread"]
 
-_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "clean_accuracy": (int, float),
-    "robust_accuracy": (int, float),
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 1 << 63
+
+
+def _between(value: Any, least: float, most: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
+
+
+_FIELDS: dict[str, type | Callable[[Any], bool]] = {
+    "clean_accuracy": lambda value: _between(value, 0, 1),
+    "robust_accuracy": lambda value: _between(value, 0, 1),
     "robust_accuracy_after": dict,
-    "eps": (int, float),
+    "eps": lambda value: _between(value, 1e-9, 1e9),
     "norm": str,
     "version": str,
     "standard": bool,
@@ -32,16 +41,17 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "warnings": list,
     "backend": str,
     "backend_version": str,
-    "seed": int,
-    "batch_size": int,
-    "threads": int,
+    "seed": lambda value: _whole(value, 0),
+    "batch_size": lambda value: _whole(value, 1),
+    "threads": lambda value: _whole(value, 1),
     "device": str,
     "versions": dict,
     "weights_sha256": str,
     "data_sha256": str,
-    "seconds": (int, float),
-    "count": int,
+    "seconds": lambda value: _between(value, 0, 1e12),
+    "count": lambda value: _whole(value, 1),
 }
+"""What a record holds: of a type, or what a function says yes to. Files may come from anybody."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +82,20 @@ def gather(source: Any, network: Deployable, threat: ThreatModel) -> list[Eviden
     found = [_read(item) for item in items]
     for place, evidence in enumerate(found):
         _check(f"evaluation {place + 1}", evidence, network, threat)
-    same = ("data_sha256", "batch_size", "version", "count")
-    differing = [name for name in same if len({evidence.record[name] for evidence in found}) > 1]
-    if differing or len({evidence.record["seed"] for evidence in found}) < len(found):
-        got = f"some that differ in {', '.join(differing)}" if differing else "two with the same seed"
+    if got := differences([evidence.record for evidence in found]):
         raise _checks.refuse(
             "evaluation", got, "evaluations that differ in their seed alone", "give one, or make others"
         )
     return found
+
+
+def differences(records: Sequence[dict[str, Any]]) -> str:
+    """:return: In what evaluations differ beside their seeds, or that two have the same seed; empty when neither is so."""
+    same = ("data_sha256", "batch_size", "version", "count")
+    differing = [name for name in same if len({record[name] for record in records}) > 1]
+    if differing:
+        return f"some that differ in {', '.join(differing)}"
+    return "two with the same seed" if len({record["seed"] for record in records}) < len(records) else ""
 
 
 def spread(found: Sequence[Evidence]) -> dict[str, Any] | None:
@@ -92,7 +108,11 @@ def spread(found: Sequence[Evidence]) -> dict[str, Any] | None:
 
 def record_problems(record: dict[str, Any]) -> list[str]:
     """:return: The fields that an evaluation's record lacks, or that hold something else than they should."""
-    return [name for name, kind in _FIELDS.items() if not isinstance(record.get(name), kind)]
+    return [
+        name
+        for name, fits in _FIELDS.items()
+        if not (isinstance(record.get(name), fits) if isinstance(fits, type) else fits(record.get(name)))
+    ]
 
 
 def _read(item: Any) -> Evidence:

@@ -24,6 +24,7 @@ from art_saliency.robustbench.evidence import Evidence, autoattack_log, gather, 
 from art_saliency.robustbench.model_info import Board, board, eps_text, known_fields, percent_text, problems
 from art_saliency.robustbench.proof import TOLERANCE, check_installed, load_problems, make_job, prove
 from art_saliency.robustbench.rules import Violation, key_violations, network_violations, probe_images, refusal
+from art_saliency.robustbench.statement import statement
 from art_saliency.robustbench.submission import PREPROCESSINGS, entry, submission
 from art_saliency.robustbench.user_source import UserSource
 from art_saliency.robustbench.writing import Architecture
@@ -259,19 +260,10 @@ def _write_evidence(layout: Layout, plain: Deployable, evidence: list[Evidence])
     """Write ``evaluation.json``, the log and the adversarial images, where there are any."""
     if not evidence:
         return
-    stated = evidence[0]
-    report = {
-        "schema": SCHEMA,
-        "exported_weights_sha256": plain.sha256,
-        "data": stated.data,
-        "stated": stated.record,
-        "over_seeds": spread(evidence),
-        "others": [other.record for other in evidence[1:]],
-    }
-    write_json(layout.evaluation, report)
+    write_json(layout.evaluation, statement(evidence, plain.sha256))
     write_text(layout.log, autoattack_log(evidence))
-    if stated.x_adv is not None:
-        write_tensors(layout.x_adv, {"x_adv": stated.x_adv.contiguous()})
+    if (x_adv := evidence[0].x_adv) is not None:
+        write_tensors(layout.x_adv, {"x_adv": x_adv.contiguous()})
 
 
 def _write_pages(

@@ -21,11 +21,11 @@ from art_saliency.errors import CheckpointError, InputError
 from art_saliency.files import read_tensors, sha256_of_tensors
 from art_saliency.robustbench.benchmark import compared, wanted_benchmark
 from art_saliency.robustbench.bundle import SCHEMA, Layout, sum_problems
-from art_saliency.robustbench.evidence import record_problems
 from art_saliency.robustbench.export import name_problem
-from art_saliency.robustbench.model_info import board, percent_text, problems, unfilled
+from art_saliency.robustbench.model_info import board, problems, unfilled
 from art_saliency.robustbench.proof import load_problems, make_job, prove
 from art_saliency.robustbench.rules import key_violations
+from art_saliency.robustbench.statement import statement_problems
 from art_saliency.robustbench.user_source import import_problems
 
 __all__ = ["Verification", "verify_bundle"]
@@ -93,9 +93,9 @@ def verify_bundle(
     if page is None:
         return found
     layout = Layout(path, page["name"], page["dataset"], page["threat_model"])
-    count = _check_tensors(layout, page, found)
+    x_adv = _check_tensors(layout, page, found)
     info = _check_info(layout, page, found)
-    report = _check_evaluation(layout, page, info, count, found)
+    report = _check_evaluation(layout, page, info, x_adv, found)
     _check_code(layout, page, found)
     if not trust or found.problems:
         how = "first solve what is wrong" if trust else "add --trust to run the bundle's code"
@@ -169,8 +169,8 @@ def _read_page(path: Path, found: Verification) -> dict[str, Any] | None:
     return page
 
 
-def _check_tensors(layout: Layout, page: dict[str, Any], found: Verification) -> int | None:
-    """:return: How many adversarial images there are; ``None`` when there are none that can be read."""
+def _check_tensors(layout: Layout, page: dict[str, Any], found: Verification) -> dict[str, Tensor] | None:
+    """:return: ``x_adv.pt``; ``None`` when there are no adversarial images that can be read."""
     found.checked.append(
         "that checkpoint, adversarial images and reference hold tensors only, under keys that stay whole"
     )
@@ -183,11 +183,9 @@ def _check_tensors(layout: Layout, page: dict[str, Any], found: Verification) ->
             found.problems.append(f"{where}: these are not the weights that bundle.json names")
     _read(layout, layout.reference, found, "x", "logits")
     images = _read(layout, layout.x_adv, found, "x_adv") if layout.x_adv.exists() else None
-    if images is None:
-        return None
-    if not bool(((images["x_adv"] >= 0) & (images["x_adv"] <= 1)).all()):
+    if images is not None and not bool(((images["x_adv"] >= 0) & (images["x_adv"] <= 1)).all()):
         found.problems.append("x_adv.pt: adversarial images are outside [0, 1]")
-    return len(images["x_adv"])
+    return images
 
 
 def _read(layout: Layout, path: Path, found: Verification, *names: str) -> dict[str, Any] | None:
@@ -221,29 +219,23 @@ def _check_info(layout: Layout, page: dict[str, Any], found: Verification) -> di
 
 
 def _check_evaluation(
-    layout: Layout, page: dict[str, Any], info: dict[str, Any], count: int | None, found: Verification
+    layout: Layout,
+    page: dict[str, Any],
+    info: dict[str, Any],
+    images: dict[str, Tensor] | None,
+    found: Verification,
 ) -> dict[str, Any] | None:
-    """:param count: Of adversarial images. :return: ``evaluation.json``, when there is a good one."""
+    """:param images: What ``x_adv.pt`` holds. :return: ``evaluation.json``, when nothing is wrong with the bundle so far."""
     if not layout.evaluation.exists():
         stated = [name for name in ("clean_acc", "autoattack_acc") if info.get(name) is not None]
         found.problems += [f"model_info states {name} without an evaluation" for name in stated]
         found.unchecked.append("accuracies: the bundle states none")
         return None
-    report = _json(layout.evaluation, found)
-    record = report.get("stated") if isinstance(report, dict) else None
-    if not isinstance(record, dict) or (missing := record_problems(record)):
-        names = "" if not isinstance(record, dict) else f" ({', '.join(missing)})"
-        found.problems.append(f"evaluation.json holds no evaluation that can be read{names}")
-        return None
-    if report.get("exported_weights_sha256") != page["weights_sha256"]:
-        found.problems.append("evaluation.json is of other weights than the bundle's")
-    for name, value in (("clean_acc", "clean_accuracy"), ("autoattack_acc", "robust_accuracy")):
-        if info.get(name) != percent_text(record[value]):
-            got = f"{info.get(name)!r}, expected {percent_text(record[value])!r}"
-            found.problems.append(f"model_info has {name!r}: {got}, which evaluation.json says")
-    if count not in (None, record["count"]):
-        found.problems.append(f"x_adv.pt holds {count} images, expected the {record['count']} that were evaluated")
-    found.checked.append("that the accuracies stated are those of an evaluation of these weights")
+    report: dict[str, Any] | None = _json(layout.evaluation, found)
+    found.problems += statement_problems(report, page, info, images)
+    found.checked.append("that the accuracies, radius and spread stated are those of evaluations of these weights")
+    if images is None:
+        found.unchecked.append("how the network classifies adversarial images (there are none to be scored)")
     return report if not found.problems else None
 
 
