@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import art_saliency
 from art_saliency import load
 from art_saliency.cli import main
 from art_saliency.data import load_data
@@ -255,6 +258,43 @@ def test_quickstart_leaves_table_checkpoints_and_figures(tmp_path, monkeypatch, 
     assert 1 < results["adv-gsct"]["passes_per_step"] < results["pgd-at"]["passes_per_step"]
     assert "Next: " in out
     assert main(["quickstart", "--out", str(tmp_path / "q")]) == 2
+
+
+FROM_A_PATH = "import os, sys; sys.path.append({}); from art_saliency.cli import main; sys.exit(main(['verify', '.']))"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-m", "art_saliency", "verify", "."],
+        ["-c", FROM_A_PATH.format("os.getcwd()")],
+        ["-c", FROM_A_PATH.format("'inside'")],
+    ],
+)
+def test_verify_refuses_a_bundle_from_which_python_takes_modules_before_any_is_taken(tmp_path, words):
+    """A bundle brings a module of a name that torch imports; the command must end before anything looks for it."""
+    bundle, marker = tmp_path / "bundle", tmp_path / "ran"
+    bundle.mkdir()
+    (bundle / "numpy.py").write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n")
+    environment = {**os.environ, "PYTHONPATH": str(Path(art_saliency.__file__).parent.parent)}
+    ended = subprocess.run(
+        [sys.executable, *words], cwd=bundle, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "verify it from another folder" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+    assert not marker.exists()
+
+
+def test_verify_does_not_put_the_working_directory_on_pythons_path(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    before = list(sys.path)
+    assert main(["verify", "."]) == 2
+    assert "expected a bundle" in capsys.readouterr().err
+    assert sys.path == before
+    assert main(["evaluate", "nowhere"]) == 2
+    assert sys.path == [*before, str(tmp_path)]  # a command that builds the user's own networks
 
 
 def test_an_arm_is_a_method_its_parameters_the_runs_options_and_an_activation():

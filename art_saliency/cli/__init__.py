@@ -25,6 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
         "runs/mnist\n  art-saliency evaluate runs/mnist",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(own_code=True)
     parser.add_argument("--version", action="version", version=f"art-saliency {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     for command in _COMMANDS:
@@ -41,10 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = make_parser().parse_args(argv)
     args.words = sys.argv[1:] if argv is None else list(argv)
-    if os.getcwd() not in sys.path:
-        sys.path.append(
-            os.getcwd()
-        )  # where the user's own package.module:factory lies; last, so that it shadows nothing
+    if args.own_code and os.getcwd() not in sys.path:
+        # Where the user's own package.module:factory lies; last, so that it shadows nothing.
+        sys.path.append(os.getcwd())
     try:
         return int(args.run(args))
     except TrainingInterrupted as error:

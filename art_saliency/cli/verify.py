@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from art_saliency.cli._common import add_run_options, pick_device, say
+from art_saliency.errors import InputError
 
 
 def add_parser(commands: Any) -> None:
@@ -17,7 +19,8 @@ def add_parser(commands: Any) -> None:
         help="check a bundle for RobustBench",
         description="Checks sums, tensors, keys, JSON and the syntax of a bundle. Nothing in it is executed without --trust.",
         epilog="Examples:\n  art-saliency verify Doe2026Saliency\n  art-saliency verify Doe2026Saliency --trust --benchmark --images "
-        "cifar10.npz",
+        "cifar10.npz\n\nRun it from outside a bundle that you do not trust, best as `art-saliency`: `python -m art_saliency` makes "
+        "Python itself\nlook for modules in the working directory, before this command can refuse to.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("bundle", metavar="BUNDLE", help="what `art-saliency export` wrote")
@@ -37,11 +40,12 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="everything that was found, as JSON")
     add_run_options(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, own_code=False)
 
 
 def run(args: argparse.Namespace) -> int:
     """Do it. :return: 0, or 1 when something is wrong with the bundle."""
+    _keep_out(Path(args.bundle))  # before torch and all that it imports are looked for
     from art_saliency.robustbench.verify import verify_bundle
 
     if args.benchmark:
@@ -73,3 +77,14 @@ def run(args: argparse.Namespace) -> int:
     for problem in found.problems:
         print(f"  wrong: {problem}", file=sys.stderr)
     return 0 if found.ok else 1
+
+
+def _keep_out(bundle: Path) -> None:
+    """:raises InputError: When Python looks for modules inside the bundle: any import could run its code."""
+    place = bundle.resolve()
+    for entry in sys.path:
+        if Path(entry or ".").resolve().is_relative_to(place):
+            raise InputError(
+                f"bundle: got {bundle}, from which Python takes modules ({entry or 'the working directory'} is on sys.path), "
+                f"expected one whose code cannot be imported; verify it from another folder"
+            )
