@@ -7,12 +7,16 @@ Networks are small and images are made here; what RobustBench does with them is 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import inspect
 import io
 import json
+import marshal
 import os
 import pickle
 import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +34,7 @@ from art_saliency.files import read_tensors, sha256_of_file, sha256_of_tensors
 from art_saliency.robustbench import export
 from art_saliency.robustbench.bundle import SUMS
 from art_saliency.robustbench.deployable import own_logits
+from art_saliency.robustbench.fresh import _execute
 from art_saliency.robustbench.proof import TOLERANCE, load_problems, make_job, prove
 from art_saliency.trainers.runs import make_classifier, save
 from art_saliency.training.records import History
@@ -570,6 +575,27 @@ def test_with_trust_it_runs_and_is_loaded_by_robustbench(copied, tmp_path, capsy
     assert verify_bundle(copied).problems == []  # nothing was written into it
 
 
+def test_bytecode_beside_a_file_is_refused_and_never_run_in_its_place(copied, tmp_path):
+    """Python itself would take it without a look at the file: it claims to need no check."""
+    marker, path = tmp_path / "ran", copied / "architecture.py"
+    code = compile(f"__import__('pathlib').Path({str(marker)!r}).touch()", str(path), "exec")
+    header = importlib.util.MAGIC_NUMBER + (1).to_bytes(4, "little") + importlib.util.source_hash(path.read_bytes())
+    cache = Path(importlib.util.cache_from_source(str(path)))
+    cache.parent.mkdir()
+    cache.write_bytes(header + marshal.dumps(code))
+    sums_again(copied)
+    found = verify_bundle(copied, trust=True)
+    assert f"__pycache__/{cache.name} is no part of a bundle" in found.problems
+    assert any("first solve what is wrong" in line for line in found.unchecked)
+    module = _execute(path, "architecture_beside_bytecode")
+    assert not marker.exists()
+    factory = vars(module)["doe2026saliency"]
+    assert inspect.getsource(factory).startswith("def doe2026saliency()")
+    spec = importlib.util.spec_from_file_location("again", path)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert marker.exists()  # it was a real one
+
+
 def truncated(path, share=0.6):
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
 
@@ -585,6 +611,12 @@ def flipped(path):
 
 def edited(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def replaced(path, make):
+    """Put something else in a file's place."""
+    path.unlink()
+    make(path)
 
 
 def stated_otherwise(bundle, **changes):
@@ -640,6 +672,15 @@ def seconded(bundle, spread, **changes):
         (lambda b: (b / "architecture.py").write_text("import art_saliency\n"), "imports 'art_saliency'"),
         (lambda b: (b / "architecture.py").write_text("def ("), "is not Python code"),
         (lambda b: (b / "architecture.py").unlink(), "architecture.py is there though"),
+        (lambda b: (b / "more.py").write_text(""), "more.py is no part of a bundle"),
+        (lambda b: shutil.copy(weights_of(b), weights_of(b).with_name("More.pt")), "More.pt is no part of a bundle"),
+        (lambda b: (b / "SUBMISSION.md").unlink(), "SUBMISSION.md is missing"),
+        (lambda b: (b / "autoattack.log").unlink(), "autoattack.log is missing"),
+        (lambda b: (b / "reference.pt").unlink(), "reference.pt is missing"),
+        (lambda b: (b / "model_zoo_entry.py").unlink(), "model_zoo_entry.py is missing"),
+        (lambda b: (b / "evaluation.json").unlink(), "x_adv.pt is no part of a bundle"),
+        (lambda b: replaced(b / "architecture.py", Path.mkdir), "architecture.py is no part of a bundle"),
+        (lambda b: replaced(b / "evaluation.json", Path.mkdir), "evaluation.json is no part of a bundle"),
         (lambda b: (b / "model_zoo_entry.py").write_text("ENTRY = ('Other', {})"), "no ENTRY called 'Doe2026Saliency'"),
         (lambda b: edited(b / "bundle.json", name="../../x2026X"), "name: got '../../x2026X'"),
         (lambda b: edited(b / "bundle.json", schema=2), "look at schema"),
@@ -657,6 +698,23 @@ def test_whatever_is_wrong_with_a_bundle_is_said_and_it_is_not_run(copied, monke
     found = verify_bundle(copied, trust=True)
     assert any(says in problem for problem in found.problems), found.problems
     assert again or any(SUMS in p or "sum differs" in p or "missing" in p for p in found.problems)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes")
+@pytest.mark.parametrize("name", ["x_adv.pt", "model_zoo_entry.py", "evaluation.json", SUMS, "more"])
+def test_where_something_is_no_plain_file_nothing_is_read(copied, monkeypatch, name):
+    """Whoever opens a pipe that nobody writes into waits for ever."""
+    (copied / name).unlink(missing_ok=True)
+    os.mkfifo(copied / name)
+    monkeypatch.setattr(Path, "open", lambda *_: pytest.fail("a file was read"))
+    found = verify_bundle(copied, trust=True)
+    assert found.problems == [f"{name} is no plain file"]
+    assert len(found.unchecked) == 1
+
+
+def test_a_folder_that_no_bundle_has_is_named(copied):
+    (copied / "more").mkdir()
+    assert verify_bundle(copied).problems == ["more is no part of a bundle"]
 
 
 def test_a_bundle_without_adversarial_images_says_that_none_are_scored(copied):

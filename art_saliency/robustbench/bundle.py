@@ -13,7 +13,17 @@ from typing import Any
 from art_saliency import _checks
 from art_saliency.files import appearing, sha256_of_file, write_file
 
-__all__ = ["SCHEMA", "SUMS", "Layout", "check_place", "sealed", "sum_problems", "write_json", "write_text"]
+__all__ = [
+    "SCHEMA",
+    "SUMS",
+    "Layout",
+    "check_place",
+    "sealed",
+    "strange_entries",
+    "sum_problems",
+    "write_json",
+    "write_text",
+]
 
 SCHEMA = 1
 """Of ``bundle.json``."""
@@ -41,6 +51,22 @@ class Layout:
         self.evaluation = folder / "evaluation.json"
         self.log = folder / "autoattack.log"
         self.x_adv = folder / "x_adv.pt"
+
+    def problems(self) -> list[str]:
+        """
+        Compare the names that are there with those that a bundle has. No file is opened.
+
+        :return: What does not belong in a bundle, and what is always written and is missing.
+        """
+        needed = {self.submission, self.reference, self.weights, self.model_info, self.entry, self.bundle}
+        needed |= {self.folder / SUMS, *([self.log] if self.evaluation.exists() else [])}
+        files = needed | {self.architecture, *([self.evaluation, self.x_adv] if self.log in needed else [])}
+        folders = {above for file in files for above in file.parents}
+        there = sorted(self.folder.rglob("*"))
+        strange = [path for path in there if path not in (folders if path.is_dir() else files)]
+        found = [f"{path.relative_to(self.folder).as_posix()} is no part of a bundle" for path in strange]
+        missing = sorted(needed - {path for path in there if path.is_file()})
+        return found + [f"{path.relative_to(self.folder).as_posix()} is missing" for path in missing]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -85,12 +111,25 @@ def check_place(target: Path, *, force: bool) -> None:
         raise _checks.refuse("out", f"{target}, a bundle that is there already", "a new folder", "add --force")
 
 
+def strange_entries(folder: Path) -> list[str]:
+    """:return: Links, pipes and whatever else is neither a file nor a folder: what must not be read, as it may never end."""
+    found = []
+    for root, folders, files in os.walk(folder):
+        for entry in (Path(root, each) for each in (*folders, *files)):
+            if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
+                found.append(f"{entry.relative_to(folder).as_posix()} is no plain file")
+    return sorted(found)
+
+
 def sum_problems(folder: Path) -> list[str]:
     """
     Compare a bundle's files with its ``SHA256SUMS``. The sums tell damage and careless changes; they are no signature.
 
-    :return: What does not agree: every file that is missing, changed, not listed, or no plain file.
+    :return: What does not agree: every file that is missing, changed or not listed; where there are :func:`strange_entries`,
+        these alone, and nothing is read.
     """
+    if strange := strange_entries(folder):
+        return strange
     if not (folder / SUMS).is_file():
         return [f"{SUMS} is missing"]
     listed, found = {}, []
@@ -101,14 +140,7 @@ def sum_problems(folder: Path) -> list[str]:
             found.append(f"{SUMS}, line {number}: no sum of a file inside the bundle")
         else:
             listed[path.as_posix()] = match[1]
-    there = set()
-    for root, folders, files in os.walk(folder):
-        for entry in (Path(root, each) for each in (*folders, *files)):
-            inside = entry.relative_to(folder).as_posix()
-            if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
-                found.append(f"{inside} is no plain file")
-            elif entry.is_file() and inside != SUMS:
-                there.add(inside)
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {SUMS}
     found += [f"{file} is missing" for file in sorted(set(listed) - there)]
     found += [f"{file} is not listed in {SUMS}" for file in sorted(there - set(listed))]
     changed = (file for file in sorted(there & set(listed)) if sha256_of_file(folder / file) != listed[file])

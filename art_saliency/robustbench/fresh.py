@@ -95,13 +95,12 @@ def _load(layout: Layout, job: dict[str, Any]) -> tuple[nn.Module, bool]:
 
 
 def _execute(path: Path, name: str) -> ModuleType:
-    """Run a file of the bundle as the module that it will be."""
+    """Run a file of the bundle as the module that it will be: the file's own text, never bytecode that lies beside it."""
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), module.__dict__)
     return module
 
 

@@ -20,7 +20,7 @@ from art_saliency import _checks
 from art_saliency.errors import CheckpointError, InputError
 from art_saliency.files import read_tensors, sha256_of_tensors
 from art_saliency.robustbench.benchmark import compared, wanted_benchmark
-from art_saliency.robustbench.bundle import SCHEMA, Layout, sum_problems
+from art_saliency.robustbench.bundle import SCHEMA, Layout, strange_entries, sum_problems
 from art_saliency.robustbench.export import name_problem
 from art_saliency.robustbench.model_info import board, problems, unfilled
 from art_saliency.robustbench.proof import load_problems, make_job, prove
@@ -87,12 +87,19 @@ def verify_bundle(
     if benchmark and not trust:
         raise _checks.refuse("benchmark", "True without trust", "both: it runs the bundle's own code", "add --trust")
     found = Verification(str(path))
+    found.checked.append("that every file is the one that was written (SHA256SUMS), and that there are no others")
+    found.problems += strange_entries(path)
+    if found.problems:
+        found.unchecked.append(
+            "everything else: what is no plain file is not read (take it away, or have the bundle sent again)"
+        )
+        return found
     found.problems += sum_problems(path)
-    found.checked.append("that every file is the one that was written (SHA256SUMS)")
     page = _read_page(path, found)
     if page is None:
         return found
     layout = Layout(path, page["name"], page["dataset"], page["threat_model"])
+    found.problems += layout.problems()
     x_adv = _check_tensors(layout, page, found)
     info = _check_info(layout, page, found)
     report = _check_evaluation(layout, page, info, x_adv, found)
@@ -182,7 +189,7 @@ def _check_tensors(layout: Layout, page: dict[str, Any], found: Verification) ->
         if plain and sha256_of_tensors(weights) != page["weights_sha256"]:
             found.problems.append(f"{where}: these are not the weights that bundle.json names")
     _read(layout, layout.reference, found, "x", "logits")
-    images = _read(layout, layout.x_adv, found, "x_adv") if layout.x_adv.exists() else None
+    images = _read(layout, layout.x_adv, found, "x_adv") if layout.x_adv.is_file() else None
     if images is not None and not bool(((images["x_adv"] >= 0) & (images["x_adv"] <= 1)).all()):
         found.problems.append("x_adv.pt: adversarial images are outside [0, 1]")
     return images
@@ -226,7 +233,7 @@ def _check_evaluation(
     found: Verification,
 ) -> dict[str, Any] | None:
     """:param images: What ``x_adv.pt`` holds. :return: ``evaluation.json``, when nothing is wrong with the bundle so far."""
-    if not layout.evaluation.exists():
+    if not layout.evaluation.is_file():
         stated = [name for name in ("clean_acc", "autoattack_acc") if info.get(name) is not None]
         found.problems += [f"model_info states {name} without an evaluation" for name in stated]
         found.unchecked.append("accuracies: the bundle states none")
@@ -241,15 +248,14 @@ def _check_evaluation(
 
 def _check_code(layout: Layout, page: dict[str, Any], found: Verification) -> None:
     """Read the Python files; they are not run."""
-    if layout.architecture.exists() == (page["architecture"] == "robustbench"):
+    if layout.architecture.is_file() == (page["architecture"] == "robustbench"):
         found.problems.append("architecture.py is there though RobustBench has the class, or is missing")
     for path in (layout.entry, layout.architecture):
-        if not path.exists():
-            found.problems += ["model_zoo_entry.py is missing"] if path == layout.entry else []
+        if not path.is_file():
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
         found.problems += [f"{path.name} {problem}" for problem in import_problems(text)]
-    if layout.entry.exists() and not _names_entry(
+    if layout.entry.is_file() and not _names_entry(
         layout.entry.read_text(encoding="utf-8", errors="replace"), page["name"]
     ):
         found.problems.append(f"model_zoo_entry.py has no ENTRY called {page['name']!r}")
