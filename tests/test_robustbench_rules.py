@@ -47,6 +47,43 @@ class Purified(nn.Module):
         return x + (z - x).detach()
 
 
+class PurifiedWhenAttacked(nn.Module):
+    """As above, but only where somebody could take a gradient."""
+
+    def forward(self, x):
+        return Purified()(x) if torch.is_grad_enabled() else x
+
+
+class NoiseWhenAttacked(nn.Module):
+    def forward(self, x):
+        return x + 0.3 * torch.randn_like(x) if x.requires_grad else x
+
+
+class OtherWhenAttacked(nn.Module):
+    def forward(self, x):
+        return 2 * x if torch.is_grad_enabled() else x
+
+
+class RoundedWhenAttacked(nn.Module):
+    """As kernels differ with and without gradients: in the last bits."""
+
+    def forward(self, x):
+        return x * (1 + 3e-7) if torch.is_grad_enabled() else x
+
+
+class OneWayOrTheOther(nn.Module):
+    """Chance decides which of two submodules is called."""
+
+    def __init__(self):
+        super().__init__()
+        self.ways = nn.ModuleList([nn.Conv2d(4, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh())])
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.ways[self.calls % 2](x)
+
+
 class Optimised(nn.Module):
     def forward(self, x):
         with torch.enable_grad():
@@ -105,6 +142,10 @@ def test_networks_of_this_package_pass(name, fsr):
         (network(Detached()), ("1", "lets no gradient through")),
         (network(Purified()), ("1", "computes gradients in its forward pass")),
         (network(nn.Sequential(Optimised())), ("1.0", "computes an optimizer's step in its forward pass")),
+        (network(PurifiedWhenAttacked()), ("1", "computes gradients in its forward pass")),
+        (network(NoiseWhenAttacked()), ("1", "gives different results in two passes")),
+        (network(OtherWhenAttacked()), ("1", "classifies images differently while gradients are computed")),
+        (network(OneWayOrTheOther()), ("", "gives different results in two passes")),
         (network(Counting()), ("1.calls", "changes when images are classified")),
         (network(nn.BatchNorm2d(4, track_running_stats=False)), ("1", "classifies an image differently by the batch")),
         (network(end=(nn.Softmax(1),)), ("5", "puts out probabilities (softmax)")),
@@ -126,6 +167,25 @@ def test_what_is_broken_is_found_where_it_is(broken, expected):
 def test_everything_is_said_at_once():
     places = {place for place, _ in found(network(Noise(), Rounded(), Purified()))}
     assert places == {"1", "2", "3"}
+
+
+def test_each_of_them_is_said_once():
+    for broken in (Noise(), Purified(), OtherWhenAttacked(), NoiseWhenAttacked()):
+        assert len(network_violations(network(nn.Sequential(broken)), SHAPE, 10)) == 1
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        RoundedWhenAttacked(),
+        nn.Sequential(
+            nn.Flatten(2), nn.TransformerEncoderLayer(256, 4, 32, batch_first=True), nn.Unflatten(2, (16, 16))
+        ),
+        nn.ReLU(inplace=True),
+    ],
+)
+def test_rounding_and_kernels_may_differ_while_gradients_are_computed(layer):
+    assert network_violations(network(layer), SHAPE, 10) == []
 
 
 def test_a_network_that_is_right_in_train_mode_only_is_not_blamed_for_it():

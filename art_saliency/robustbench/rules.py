@@ -8,6 +8,7 @@ loop" (RobustBench's README); images in [0, 1] in, logits out; and a state dict 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -112,7 +113,7 @@ def network_violations(model: nn.Module, input_shape: Sequence[int], num_classes
     Try a network on six images and find what RobustBench's rules forbid. It and the global random states stay as they are.
 
     What cannot be seen from outside: that images are expected in [0, 1] rather than standardised, a gradient that a custom
-    backward makes up, and a search without gradients.
+    backward makes up, a search without gradients, and derivatives in forward mode.
 
     :param model: On any device; tried in eval mode.
     :param input_shape: (C, H, W). :param num_classes: K.
@@ -154,8 +155,10 @@ def _violations(model: nn.Module, x: Tensor, num_classes: int, before: Mapping[s
     found += _values(first, logits)
     if not bool(logits.isfinite().all()):
         return found
-    noise = _random(first, trace(model, x))
+    with LoopWatch(model):  # as the first time: torch takes other attention kernels when it is watched
+        noise = _random(first, trace(model, x))
     found += noise or _coupled(first, trace(model, x[:1]))
+    found += [violation for violation in _attacked(model, x, first) if violation not in found]
     changed = [key for key, value in _state(model).items() if key not in before or not same(value, before[key])]
     cure = "let nothing but training change buffers and weights: if self.training: ..."
     found += [Violation(key, "changes when images are classified in eval mode", cure) for key in changed]
@@ -195,6 +198,35 @@ def _finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor.is_floating_point())
 
 
+def _attacked(model: nn.Module, x: Tensor, plain: Sequence[Call]) -> list[Violation]:
+    """
+    What the network does only when gradients to the images are asked for, as an attack does and a user does not.
+
+    :param plain: The calls of a pass without gradients.
+    """
+    with LoopWatch(model) as loops:
+        try:
+            first, second = (trace(model, x, gradients=True) for _ in range(2))
+        except Exception:  # why it cannot be differentiated is said where that is tried
+            return _loop(loops)
+    found = _loop(loops)
+    if noise := _random(first, second):
+        return found + noise
+    if first[-1].plain and first[-1].outputs[0].shape == plain[-1].outputs[0].shape and _alike(first[-1], plain[-1]):
+        return found
+    # Kernels may differ between the two, and so may the submodules that are called: as far as they are the same, in order.
+    pairs = takewhile(lambda pair: pair[0].place == pair[1].place, zip(first, plain, strict=False))
+    place = next((call.place for call, other in pairs if not _alike(call, other)), "")
+    cure = "let no result depend on whether gradients are enabled: an attack would meet another network than the user"
+    return [*found, Violation(place, "classifies images differently while gradients are computed", cure)]
+
+
+def _alike(ours: Call, theirs: Call) -> bool:
+    """Whether two calls put out the same but for rounding."""
+    pairs = zip(ours.outputs, theirs.outputs, strict=False)
+    return len(ours.outputs) == len(theirs.outputs) and all(a.shape == b.shape and _close(a, b) for a, b in pairs)
+
+
 def _random(first: Sequence[Call], second: Sequence[Call]) -> list[Violation]:
     """The innermost calls that say different things of the same input; the network itself when only its end differs."""
     cure = "switch the noise off in eval mode: if self.training: ... (RobustBench takes no randomised network)"
@@ -203,6 +235,8 @@ def _random(first: Sequence[Call], second: Sequence[Call]) -> list[Violation]:
         for a, b in zip(first, second, strict=False)
         if a.place == b.place and same(a.inputs, b.inputs) and not same(a.outputs, b.outputs)
     ]
+    if not places and not same(first[-1].outputs, second[-1].outputs):  # it called other submodules, perhaps
+        places = [first[-1].place]
     # A parent of a random module differs too: only what is innermost is named.
     inner = [p for p in dict.fromkeys(places) if not any(o != p and (p == "" or o.startswith(f"{p}.")) for o in places)]
     return [Violation(place, "gives different results in two passes over the same images", cure) for place in inner]
@@ -223,8 +257,15 @@ def _agrees(many: Tensor, one: Tensor) -> bool:
     """Whether the first image's rows of a batch are those that it has by itself, but for rounding; else not to be told."""
     if one.ndim == 0 or len(one) != 1 or one.shape[1:] != many.shape[1:] or one.numel() == 0:
         return True
-    first, alone = many[:1].double(), one.double()
-    return bool(((first - alone).abs() <= 1e-3 * (alone.abs() + alone.abs().max()) + 1e-6).all())
+    return _close(many[:1], one)
+
+
+def _close(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether tensors of one shape are the same but for rounding; NaN are alike nowhere."""
+    if ours.numel() == 0:
+        return True
+    a, b = ours.double(), theirs.double()
+    return bool(((a - b).abs() <= 1e-3 * (b.abs() + b.abs().max()) + 1e-6).all())
 
 
 def _gradients(model: nn.Module, x: Tensor) -> list[Violation]:

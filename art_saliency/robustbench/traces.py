@@ -32,8 +32,13 @@ class Call:
     plain: bool
 
 
-def trace(model: nn.Module, x: Tensor) -> list[Call]:
-    """:return: Every call, in the order in which they ended: inner ones before outer ones, the network's own last."""
+def trace(model: nn.Module, x: Tensor, *, gradients: bool = False) -> list[Call]:
+    """
+    Run a forward pass.
+
+    :param gradients: Whether it can be differentiated with respect to the images, as an attack's passes can.
+    :return: Every call, in the order in which they ended: inner ones before outer ones, the network's own last.
+    """
     calls: list[Call] = []
     given: list[list[Tensor]] = []
 
@@ -43,8 +48,8 @@ def trace(model: nn.Module, x: Tensor) -> list[Call]:
     def leave(place: str, output: Any) -> None:
         calls.append(Call(place, given.pop(), _copies(_tensors(output)), isinstance(output, Tensor)))
 
-    with torch.no_grad(), _listening(model, enter, leave):
-        model(x)
+    with torch.set_grad_enabled(gradients), _listening(model, enter, leave):
+        model(x.clone().requires_grad_(True) if gradients else x)
     return calls
 
 
