@@ -300,6 +300,26 @@ def test_questions_are_asked_on_a_terminal_only(monkeypatch):
     assert command._asked(asked, quiet=True) == asked
 
 
+@pytest.mark.parametrize(
+    ("said", "taken", "asked"),
+    [
+        ("Y\n", "yes", 1),
+        ("YES\n", "yes", 1),
+        ("n\n", "no", 1),
+        ("Yes, 1M synthetic images\ntrue\nNo\nyes\n", "no", 3),
+        ("maybe\n\n", None, 2),
+        ("maybe", None, 2),  # and then nothing more: the end of the input
+    ],
+)
+def test_a_question_for_yes_or_no_is_asked_until_it_is_answered(monkeypatch, capsys, said, taken, asked):
+    from art_saliency.cli import export as command
+
+    monkeypatch.setattr("sys.stdin", io.StringIO(said))
+    assert command._answer("Data?", command._ANSWERS["additional_data"]) == taken
+    told = capsys.readouterr().err
+    assert (told.count("Data? [leave open]: "), told.count("expected yes or no")) == (asked, asked - 1)
+
+
 # ---- what is compared when RobustBench has spoken ---------------------------------------------------------------------
 
 

@@ -21,6 +21,9 @@ _QUESTIONS = {
 }
 """What only a human knows. Asked for on a terminal; an empty answer leaves it open."""
 
+_ANSWERS = {"additional_data": {"yes": "yes", "y": "yes", "no": "no", "n": "no"}}
+"""The questions that take certain answers only, in any case, and what each of them stands for."""
+
 
 def add_parser(commands: Any) -> None:
     """Register the command."""
@@ -92,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         architecture=args.architecture,
         preprocessing=args.preprocessing,
         reported=None if args.reported is None else args.reported / 100,
-        additional_data=None if answer is None else answer.lower() in ("yes", "y"),
+        additional_data=None if answer is None else answer == "yes",
         number_forward_passes=args.number_forward_passes,
         footnote=args.footnote,
         checkpoint_url=args.checkpoint_url,
@@ -120,12 +123,23 @@ def _batch_size(bundle: Path) -> int | None:
 
 
 def _asked(known: dict[str, str | None], *, quiet: bool) -> dict[str, str | None]:
-    """:return: What was given, and on a terminal what was answered; an empty answer is None."""
+    """:return: What was given, and on a terminal what was answered; an empty answer, or none, is None."""
     if quiet or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return known
     found = dict(known)
     for name, question in _QUESTIONS.items():
         if known[name] is None:
-            print(f"{question} [leave open]: ", end="", file=sys.stderr, flush=True)
-            found[name] = sys.stdin.readline().strip() or None
+            found[name] = _answer(question, _ANSWERS.get(name))
     return found
+
+
+def _answer(question: str, known: dict[str, str] | None) -> str | None:
+    """Ask until the answer is a known one, where only these will do. :return: It; None when it is empty."""
+    while True:
+        print(f"{question} [leave open]: ", end="", file=sys.stderr, flush=True)
+        said = sys.stdin.readline().strip()
+        if known is None or not said:
+            return said or None
+        if said.lower() in known:
+            return known[said.lower()]
+        print(f"got {said!r}, expected {' or '.join(dict.fromkeys(known.values()))}", file=sys.stderr)
