@@ -18,7 +18,15 @@ from torch import Tensor
 from art_saliency import _checks
 from art_saliency.errors import CheckpointError
 
-__all__ = ["appearing", "read_tensors", "sha256_of_file", "sha256_of_tensors", "write_file", "write_tensors"]
+__all__ = [
+    "appearing",
+    "is_dense",
+    "read_tensors",
+    "sha256_of_file",
+    "sha256_of_tensors",
+    "write_file",
+    "write_tensors",
+]
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -138,10 +146,27 @@ def _digest(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
+def is_dense(value: Any) -> bool:
+    """:return: Whether it is an ordinary tensor, all of whose numbers lie in memory: not sparse, quantized, nested or without data."""
+    if not isinstance(value, Tensor) or value.is_nested or value.is_quantized or value.is_meta:
+        return False
+    return value.layout == torch.strided
+
+
 def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """:return: A SHA-256 over names, shapes, types and bytes: the identity of weights, wherever they lie."""
+    """
+    Hash tensors.
+
+    :return: A SHA-256 over names, shapes, types and bytes: the identity of weights, wherever they lie.
+    :raises InputError: When one of them is not dense.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
+        if not is_dense(tensors[name]):
+            got = f"{name!r}, a tensor of {tensors[name].layout}, {tensors[name].dtype}"
+            raise _checks.refuse(
+                "tensors", got, "dense tensors", "call .to_dense() on it, or keep it out of the state dict"
+            )
         tensor = tensors[name].detach().cpu().contiguous()
         # The name's length comes first, so that no name can pass for the end of another tensor.
         digest.update(f"{len(name)}|{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())

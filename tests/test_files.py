@@ -19,7 +19,15 @@ from torch import nn
 
 from art_saliency import files
 from art_saliency.errors import CheckpointError, InputError
-from art_saliency.files import appearing, read_tensors, sha256_of_file, sha256_of_tensors, write_file, write_tensors
+from art_saliency.files import (
+    appearing,
+    is_dense,
+    read_tensors,
+    sha256_of_file,
+    sha256_of_tensors,
+    write_file,
+    write_tensors,
+)
 
 TENSORS = {
     "layer.weight": torch.arange(600.0).reshape(20, 30),
@@ -324,6 +332,30 @@ def test_a_folder_has_the_permissions_that_any_new_one_gets(tmp_path, umask):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o777 & ~umask
+
+
+@pytest.mark.filterwarnings("ignore:.*(beta|prototype|deprecated)")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.eye(3).to_sparse(),
+        lambda: torch.eye(3).to_sparse_csr(),
+        lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+        lambda: torch.ones(2, device="meta"),
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    ],
+    ids=["sparse", "sparse rows", "quantized", "without data", "nested"],
+)
+def test_tensors_that_are_not_dense_are_refused_by_name(make):
+    value = make()
+    assert not is_dense(value)
+    with pytest.raises(InputError, match=r"got 'odd', a tensor of torch\..*expected dense tensors"):
+        sha256_of_tensors({"a": torch.ones(2), "odd": value})
+
+
+def test_whatever_is_strided_is_dense_and_what_is_no_tensor_is_not():
+    assert all(is_dense(value) for value in (*TENSORS.values(), torch.eye(4)[::2].T, torch.nn.Parameter(torch.ones(2))))
+    assert not is_dense([1.0])
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------

@@ -430,6 +430,13 @@ def test_a_source_that_does_not_stand_by_itself_is_refused(users, text, factory,
     assert says in str(caught.value)
 
 
+def test_a_source_in_another_encoding_is_refused(users):
+    source, model = users
+    source.path.write_bytes("# caf\xe9\n".encode("latin-1") + USERS.encode())
+    with pytest.raises(InputError, match=r"network.py, which is not UTF-8, expected Python code in UTF-8; save it"):
+        architectures_of(deployable(model).network, "Doe2026Saliency", source=source)
+
+
 def test_a_source_that_is_not_there_and_parts_without_code_are_refused(users, tmp_path):
     with pytest.raises(InputError, match="which is no file"):
         architectures_of(users[1], "Doe2026Saliency", source=UserSource(tmp_path / "none.py", "make"))

@@ -144,7 +144,7 @@ def proven(place, images, results, models):
     """All bundles, written here and proven together in one fresh process, and its answers."""
     arrays = place / "images.npz"
     x, y = ((part * 255).round().byte() if part.ndim == 4 else part for part in images)
-    np.savez(arrays, x_train=x.numpy(), y_train=np.arange(12) % 10, x_test=x.numpy(), y_test=y.numpy())
+    np.savez(arrays, x_train=x.numpy(), y_train=np.arange(12) % 3, x_test=x.numpy(), y_test=y.numpy())
     jobs = {}
     with pytest.MonkeyPatch.context() as patched:
 
@@ -161,6 +161,8 @@ def proven(place, images, results, models):
     jobs["Doe2026Saliency"]["benchmark"] = {**ours, "data_dir": str(place), "images": str(arrays)}
     for name, job in jobs.items():
         job["bundle"] = str(place / name)
+    asked_for = {**jobs["Doe2026Saliency"]["benchmark"], "count": 13}
+    jobs["one image too many"] = {**jobs["Doe2026Saliency"], "benchmark": asked_for}
     return dict(zip(jobs, prove(list(jobs.values())), strict=True))
 
 
@@ -213,6 +215,13 @@ def test_robustbenchs_benchmark_returns_exactly_the_stated_number(proven, place,
     info = page_of(place / "Doe2026Saliency")
     assert float(info["autoattack_acc"]) == round(100 * answer["robust"] / 12, 2)
     assert info["clean_acc"] == "75.00"
+
+
+def test_a_benchmark_that_fails_is_not_taken_for_a_bundle_that_cannot_be_loaded(proven):
+    answer = proven["one image too many"]
+    assert load_problems(answer) == []
+    assert answer["benchmark"] is None
+    assert "holds 12 test images, expected 13" in answer["benchmark_error"]
 
 
 def test_robustbenchs_class_is_used_where_it_has_one(proven, place):
@@ -370,6 +379,13 @@ def test_the_benchmarks_number_is_compared_exactly(proven, place, results, answe
     assert says is None or any(says in problem for problem in found.problems), found.problems
 
 
+def test_a_benchmark_that_fails_is_said_to_have_failed(proven, place, answered):
+    answered(benchmark_error="CheckpointError: few.npz")
+    found = verify_bundle(place / "Doe2026Saliency", trust=True, benchmark=True, images=place / "few.npz")
+    assert found.problems == ["RobustBench's benchmark failed: CheckpointError: few.npz"]
+    assert found.benchmark is None
+
+
 def test_with_another_batch_size_it_is_compared_with_the_spread(place, images, results, answered, tmp_path):
     answered()
     others = [dataclasses.replace(results[0], batch_size=250, seed=seed) for seed in (5, 6)]
@@ -457,6 +473,12 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def with_a_sparse_buffer():
+    model = network()
+    model.register_buffer("adjacency", torch.eye(3).to_sparse())
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "name", "options", "says"),
     [
@@ -481,6 +503,8 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
         (network, "Doe2026X", {"additional_data": "no"}, "has 'additional_data': 'no'"),
         (network, "Doe2026X", {"source": "net.py"}, "source: got 'net.py'"),
         (network, "Doe2026X", {"threat_model": "corruptions", "evaluation": "e.json"}, "evaluation: got one"),
+        (lambda: network().double(), "Doe2026X", {}, "it holds torch.float64, and RobustBench feeds float32"),
+        (with_a_sparse_buffer, "Doe2026X", {}, "tensors: got 'adjacency', a tensor of torch.sparse_coo"),
         (lambda: network(classes=9), "Doe2026X", {}, "expected logits of shape (6, 10)"),
         (lambda: nn.Sequential(network(), nn.Softmax(1)), "Doe2026X", {}, "puts out probabilities"),
         (lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), "Doe2026X", {}, "--source network.py:factory"),
@@ -492,6 +516,16 @@ def test_bad_input_is_refused_and_nothing_is_written(tmp_path, answered, model, 
         export_robustbench(model(), name, out=tmp_path / "b", **options)
     assert says in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_the_working_directory_is_no_place_for_a_bundle(tmp_path, monkeypatch, answered, out):
+    answered()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(InputError, match="the working directory or a folder above it"):
+        export_robustbench(network(), "Doe2026X", out=out)
+    assert [path.name for path in tmp_path.rglob("*")] == ["here"]
 
 
 def test_everything_that_is_wrong_in_and_around_a_network_is_said_at_once(tmp_path, answered):
@@ -692,6 +726,16 @@ def seconded(bundle, spread, **changes):
         (lambda b: (b / "architecture.py").write_text("import art_saliency\n"), "imports 'art_saliency'"),
         (lambda b: (b / "architecture.py").write_text("def ("), "is not Python code"),
         (lambda b: (b / "architecture.py").unlink(), "architecture.py is there though"),
+        (lambda b: torch.save({"a": torch.eye(2).to_sparse()}, weights_of(b)), "a is not a plain tensor"),
+        (lambda b: torch.save({"a": torch.eye(2, device="meta")}, weights_of(b)), "a is not a plain tensor"),
+        (lambda b: torch.save({"a": torch.ones(2).to(torch.float8_e5m2)}, weights_of(b)), "whose rounding masks"),
+        (lambda b: torch.save({"x_adv": torch.eye(3).to_sparse()}, b / "x_adv.pt"), "x_adv.pt: got other things"),
+        (lambda b: torch.save({"x_adv": torch.tensor(0.5)}, b / "x_adv.pt"), "than x_adv with 4 axes, finite"),
+        (lambda b: torch.save({"x": torch.ones(2)}, b / "reference.pt"), "than x with 4 axes and logits with 2 axes"),
+        (lambda b: (b / "evaluation.json").write_text("[" * 200_000 + "]" * 200_000), "cannot be read as JSON"),
+        (lambda b: (b / "architecture.py").write_text("x=" + "-" * 200_000 + "1"), "is not Python code"),
+        (lambda b: (b / "architecture.py").write_text("x=" + "1+" * 200_000 + "1"), "is not Python code"),
+        (lambda b: (b / "model_zoo_entry.py").write_text("x" + ".a" * 100_000 + "=1"), "is not Python code"),
         (lambda b: (b / "more.py").write_text(""), "more.py is no part of a bundle"),
         (lambda b: shutil.copy(weights_of(b), weights_of(b).with_name("More.pt")), "More.pt is no part of a bundle"),
         (lambda b: (b / "SUBMISSION.md").unlink(), "SUBMISSION.md is missing"),

@@ -155,6 +155,7 @@ def test_networks_of_this_package_pass(name, fsr):
         (network(end=(Two(),)), ("", "returns more than one tensor for 6 images")),
         (network(nn.Conv2d(5, 5, 1)), ("", "fails on images of shape (6, 3, 16, 16) in [0, 1] (RuntimeError")),
         (network().half(), ("", "")),
+        (network().double(), ("", "fails on images of shape (6, 3, 16, 16) in [0, 1] (RuntimeError")),
     ],
     ids=lambda value: value[1][:30] if isinstance(value, tuple) else "",
 )

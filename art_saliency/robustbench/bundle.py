@@ -99,6 +99,8 @@ def sealed(target: Path, *, force: bool) -> Iterator[Path]:
 
 def check_place(target: Path, *, force: bool) -> None:
     """:raises InputError: When a bundle may not be written there."""
+    if Path.cwd().is_relative_to(target.resolve()):
+        raise _checks.refuse("out", f"{target}, the working directory or a folder above it", "a new folder", "name one")
     if not target.exists() and not target.is_symlink():
         return
     if not target.is_dir() or target.is_symlink():

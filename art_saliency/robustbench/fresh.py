@@ -40,7 +40,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
 
     :param job: ``bundle, name, dataset, threat_model, num_classes, input_shape, threads``, and ``benchmark``, which may be None.
     :return: ``taken`` (whether RobustBench has the name), ``difference`` of the logits and their ``scale``, ``violations``,
-        ``benchmark``; or ``error``.
+        ``benchmark`` (or ``benchmark_error`` where it failed); or ``error``, where the bundle could not be loaded.
     """
     torch.set_num_threads(job["threads"])
     layout = Layout(Path(job["bundle"]), job["name"], job["dataset"], job["threat_model"])
@@ -51,18 +51,27 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
             logits = model(reference["x"])
         difference = (logits.double() - reference["logits"].double()).abs().max()
         violations = network_violations(model, job["input_shape"], job["num_classes"])
-        return {
+        found = {
             "taken": taken,
             "training": model.training,
             "difference": float(difference),
             "scale": max(1.0, float(reference["logits"].abs().max())),
             "violations": [str(violation) for violation in violations],
-            "benchmark": None if job["benchmark"] is None else _benchmark(model, layout, job, job["benchmark"]),
+            "benchmark": None,
         }
     except Exception as error:  # whatever a stranger's code may raise is an answer
-        line = (str(error).strip().splitlines() or [""])[0]
-        more = " ".join(line.strip() for line in str(error).strip().splitlines()[1:4])
-        return {"error": f"{type(error).__name__}: {line} {more}".strip()[:600]}
+        return {"error": _brief(error)}
+    if job["benchmark"] is None:
+        return found
+    try:
+        return {**found, "benchmark": _benchmark(model, layout, job, job["benchmark"])}
+    except Exception as error:
+        return {**found, "benchmark_error": _brief(error)}
+
+
+def _brief(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).strip().splitlines()[:4]]
+    return f"{type(error).__name__}: {' '.join(lines)}".strip()[:600]
 
 
 def _load(layout: Layout, job: dict[str, Any]) -> tuple[nn.Module, bool]:
@@ -120,7 +129,10 @@ def _benchmark(model: nn.Module, layout: Layout, job: dict[str, Any], wanted: di
         if wanted["images"] is None:
             used["x"], used["y"] = original(n_examples, *arguments)
         else:
-            data = load_data(wanted["images"], num_classes=None)
+            pictures = Path(
+                wanted["images"], "train"
+            ).is_dir()  # whose folders are the classes; the labels of arrays may lack some
+            data = load_data(wanted["images"], num_classes=None if pictures else job["num_classes"])
             if len(data.x_test) < n_examples:
                 raise CheckpointError(
                     f"{wanted['images']}: holds {len(data.x_test)} test images, expected {n_examples}"

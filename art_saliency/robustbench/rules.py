@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from art_saliency.errors import UnsupportedModelError
 from art_saliency.evaluation._autoattack_guard import random_state, set_random_state
+from art_saliency.files import is_dense
 from art_saliency.modes import evaluating, frozen
 from art_saliency.robustbench.traces import Call, LoopWatch, gradient_stops, same, trace
 
@@ -90,13 +91,13 @@ def key_violations(state: Mapping[str, Any]) -> list[Violation]:
             found.append(Violation(key, problem, "rename the attribute"))
         elif ".fsr.auxiliary." in f".{key}":
             found.append(Violation(key, "belongs to an auxiliary head, which serves training only", "drop the head"))
-        elif value.layout != torch.strided or value.is_quantized:
+        elif not is_dense(value):
             found.append(Violation(key, f"is not a plain tensor ({value.layout}, {value.dtype})", "make it dense"))
-        elif value.is_floating_point() and not bool(value.isfinite().all()):
-            found.append(Violation(key, "holds NaN or infinite numbers", "train again"))
-        elif value.dtype in (torch.float16, torch.bfloat16):
+        elif value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
             problem = f"is {value.dtype}, whose rounding masks gradients"
             found.append(Violation(key, problem, "call .float() on the network and evaluate it so"))
+        elif value.is_floating_point() and not bool(value.isfinite().all()):
+            found.append(Violation(key, "holds NaN or infinite numbers", "train again"))
     return found
 
 
@@ -120,7 +121,7 @@ def network_violations(model: nn.Module, input_shape: Sequence[int], num_classes
     :return: What is wrong; empty when nothing was found.
     """
     like = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.zeros(()))
-    x = probe_images(input_shape).to(device=like.device, dtype=like.dtype)
+    x = probe_images(input_shape).to(like.device)  # float32, as RobustBench's own images are, whatever the network is
     before, randomness = {k: v.clone() for k, v in _state(model).items()}, random_state()
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
@@ -145,7 +146,12 @@ def _violations(model: nn.Module, x: Tensor, num_classes: int, before: Mapping[s
             found = _loop(loops)
             lines = str(error).strip().splitlines() or [""]
             problem = f"fails on images of shape {tuple(x.shape)} in [0, 1] ({type(error).__name__}: {lines[0][:200]})"
-            return [*found, Violation("", problem, "look at the channels and the size that it takes")]
+            other = next((t.dtype for t in before.values() if t.is_floating_point() and t.dtype != x.dtype), None)
+            cure = f"it holds {other}, and RobustBench feeds float32: call .float() on it and evaluate it so"
+            return [
+                *found,
+                Violation("", problem, cure if other else "look at the channels and the size that it takes"),
+            ]
     found += _loop(loops)
     logits = first[-1].outputs[0] if first[-1].outputs else None
     if not isinstance(logits, Tensor) or not first[-1].plain or logits.shape != (len(x), num_classes):

@@ -12,7 +12,7 @@ from torch import nn
 from art_saliency import _checks
 from art_saliency.robustbench.writing import Architecture, factory, imported, sources, surgery
 
-__all__ = ["UserSource", "import_problems", "user_architecture"]
+__all__ = ["UserSource", "import_problems", "parsed", "user_architecture"]
 
 _ALLOWED_IMPORTS = {"torch", "torchvision", "timm", "numpy", "robustbench"}
 """What RobustBench itself depends on, beside Python's own library."""
@@ -48,12 +48,15 @@ def user_architecture(
     """
     if not source.path.is_file():
         raise _checks.refuse("source", f"{source.path}, which is no file", "a Python file: network.py:factory")
-    text = source.path.read_text(encoding="utf-8")
-    problems = import_problems(text)
     try:
-        tree = ast.parse(text)
+        text = source.path.read_text(encoding="utf-8")
+        tree = parsed(text)
+    except UnicodeDecodeError as error:
+        remedy = "save it in UTF-8, as RobustBench's files are"
+        raise _checks.refuse("source", f"{source.path}, which is not UTF-8", "Python code in UTF-8", remedy) from error
     except SyntaxError as error:
         raise _checks.refuse("source", f"{source.path}, line {error.lineno}: {error.msg}", "Python code") from error
+    problems = import_problems(text)
     parts, lines = surgery(network, names, imagenet)
     defined = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     if source.factory not in defined:
@@ -71,6 +74,14 @@ def user_architecture(
     return Architecture("user", label, code, imported(function))
 
 
+def parsed(text: str) -> ast.Module:
+    """:return: The syntax of Python code. :raises SyntaxError: When it is none, or nested deeper than Python reads it."""
+    try:
+        return ast.parse(text)
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise SyntaxError(str(error) or "nested too deeply") from error
+
+
 def import_problems(text: str) -> list[str]:
     """
     What a file imports that a machine with RobustBench alone does not have. The file is read, not run.
@@ -78,8 +89,8 @@ def import_problems(text: str) -> list[str]:
     :param text: Python code; what is no Python code has no imports.
     """
     try:
-        nodes = list(ast.walk(ast.parse(text)))
-    except (SyntaxError, ValueError):
+        nodes = list(ast.walk(parsed(text)))
+    except SyntaxError:
         return ["is not Python code"]
     roots = {alias.name.split(".")[0] for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     froms = [node for node in nodes if isinstance(node, ast.ImportFrom)]

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from art_saliency import _checks
 from art_saliency.errors import CheckpointError, InputError
-from art_saliency.files import read_tensors, sha256_of_tensors
+from art_saliency.files import is_dense, read_tensors, sha256_of_tensors
 from art_saliency.robustbench.benchmark import compared, wanted_benchmark
 from art_saliency.robustbench.bundle import SCHEMA, Layout, strange_entries, sum_problems
 from art_saliency.robustbench.export import name_problem
@@ -26,7 +27,7 @@ from art_saliency.robustbench.model_info import board, problems, unfilled
 from art_saliency.robustbench.proof import load_problems, make_job, prove
 from art_saliency.robustbench.rules import key_violations
 from art_saliency.robustbench.statement import statement_problems
-from art_saliency.robustbench.user_source import import_problems
+from art_saliency.robustbench.user_source import import_problems, parsed
 
 __all__ = ["Verification", "verify_bundle"]
 
@@ -122,6 +123,8 @@ def verify_bundle(
     found.checked.append("that RobustBench's load_model loads it and gets the same logits from it, in a fresh process")
     if not benchmark:
         found.unchecked.append("that RobustBench's benchmark returns the stated accuracy (add --benchmark)")
+    elif "benchmark_error" in answer:
+        found.problems.append(f"RobustBench's benchmark failed: {answer['benchmark_error']}")
     elif wanted is not None and report is not None and "error" not in answer:
         found.benchmark, wrong = compared(answer["benchmark"], report)
         found.problems += wrong
@@ -136,7 +139,7 @@ def verify_bundle(
 def _json(path: Path, found: Verification) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
         found.problems.append(f"{path.name} cannot be read as JSON ({error})")
         return None
 
@@ -184,32 +187,39 @@ def _check_tensors(layout: Layout, page: dict[str, Any], found: Verification) ->
     weights = _read(layout, layout.weights, found)
     if weights is not None:
         where = layout.weights.relative_to(layout.folder).as_posix()
-        found.problems += [f"{where}: {violation}" for violation in key_violations(weights)]
-        plain = all(isinstance(value, Tensor) for value in weights.values())
-        if plain and sha256_of_tensors(weights) != page["weights_sha256"]:
+        violations = key_violations(weights)
+        found.problems += [f"{where}: {violation}" for violation in violations]
+        if not violations and sha256_of_tensors(weights) != page["weights_sha256"]:
             found.problems.append(f"{where}: these are not the weights that bundle.json names")
-    _read(layout, layout.reference, found, "x", "logits")
-    images = _read(layout, layout.x_adv, found, "x_adv") if layout.x_adv.is_file() else None
+    _read(layout, layout.reference, found, x=4, logits=2)
+    images = _read(layout, layout.x_adv, found, x_adv=4) if layout.x_adv.is_file() else None
     if images is not None and not bool(((images["x_adv"] >= 0) & (images["x_adv"] <= 1)).all()):
         found.problems.append("x_adv.pt: adversarial images are outside [0, 1]")
     return images
 
 
-def _read(layout: Layout, path: Path, found: Verification, *names: str) -> dict[str, Any] | None:
-    """:return: The content of a file of tensors, of these names where they are given; ``None`` when it is anything else."""
+def _read(layout: Layout, path: Path, found: Verification, **axes: int) -> dict[str, Any] | None:
+    """
+    Read a file of tensors.
+
+    :param axes: How many each of them has, by name; none stands for whatever is there.
+    :return: Its content; ``None`` when it is anything else.
+    """
     try:
         content = {str(key): value for key, value in read_tensors(path).items()}
     except CheckpointError as error:
         found.problems.append(str(error))
         return None
-    if names and (set(content) != set(names) or not all(_image_like(tensor) for tensor in content.values())):
-        found.problems.append(f"{path.name}: got other things than {' and '.join(names)}, finite tensors")
+    if axes and (set(content) != set(axes) or not all(_finite(content[name], axes[name]) for name in axes)):
+        shapes = " and ".join(f"{name} with {count} axes" for name, count in axes.items())
+        found.problems.append(f"{path.name}: got other things than {shapes}, finite float32 tensors")
         return None
     return content
 
 
-def _image_like(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and bool(value.isfinite().all())
+def _finite(value: Any, axes: int) -> bool:
+    plain = is_dense(value) and value.dtype == torch.float32 and value.ndim == axes
+    return plain and bool(value.isfinite().all())
 
 
 def _check_info(layout: Layout, page: dict[str, Any], found: Verification) -> dict[str, Any]:
@@ -264,11 +274,12 @@ def _check_code(layout: Layout, page: dict[str, Any], found: Verification) -> No
 
 def _names_entry(text: str, name: str) -> bool:
     try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError):
+        tree = parsed(text)
+    except SyntaxError:
         return False
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
     values = [
-        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ENTRY"
+        node.value for node in assigned if isinstance(node.targets[0], ast.Name) and node.targets[0].id == "ENTRY"
     ]
     tuples = [value for value in values if isinstance(value, ast.Tuple) and len(value.elts) == 2]
     return any(isinstance(value.elts[0], ast.Constant) and value.elts[0].value == name for value in tuples)
