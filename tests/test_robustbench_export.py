@@ -293,6 +293,53 @@ def test_the_commands_go_all_the_way(place, images, results, proven, capsys, mon
     assert any("first solve what is wrong" in line for line in found["unchecked"])
 
 
+@pytest.fixture
+def run_of(tmp_path, results, answered):
+    """Make a run whose evaluation is for some threat model, and export it without the proof."""
+    answered()
+    made = make_classifier(sharp(network()), input_shape=SHAPE, num_classes=10)
+    spec = {"name": "small-cnn", "num_classes": 10, "input_shape": list(SHAPE), "width": 4}
+    save(tmp_path / "run", made, network=spec, method="pgd-at", settings={}, data={}, history=History())
+
+    def exported(*words, **changes):
+        page = {"autoattack_details": {**results[0].to_json(), **changes}}
+        (tmp_path / "run" / "evaluation.json").write_text(json.dumps(page))
+        command = ["export", str(tmp_path / "run"), "--name", "Doe2026X", "--out", str(tmp_path / "b"), *words]
+        return page_of(tmp_path / "b") if main(command) == 0 else None
+
+    return exported
+
+
+def test_a_runs_own_evaluation_is_taken_when_it_fits(run_of, capsys):
+    assert run_of()["clean_acc"] == "75.00"
+    assert "accuracies stay null" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "says"),
+    [
+        (["--threat-model", "corruptions"], {}, ""),
+        (["--no-evaluation"], {}, ""),
+        (["--threat-model", "L2"], {}, "is for Linf eps 8/255, not L2 eps 0.5: accuracies stay null"),
+        (["--eps", "4/255"], {}, "--norm Linf --eps 4/255)"),
+        ([], {"eps": 4 / 255}, "is for Linf eps 4/255, not Linf eps 8/255"),
+    ],
+)
+def test_a_runs_own_evaluation_of_something_else_is_left_out_and_that_is_said(run_of, capsys, words, changes, says):
+    assert run_of(*words, **changes)["clean_acc"] is None
+    told = capsys.readouterr().err
+    assert says in told
+    assert ("accuracies stay null" in told) == bool(says)
+
+
+def test_an_evaluation_that_was_asked_for_must_fit(run_of, tmp_path, capsys):
+    own = str(tmp_path / "run" / "evaluation.json")
+    assert run_of("--threat-model", "L2", "--evaluation", own) is None
+    assert "is for Linf eps 0.0313725, not L2 eps 0.5" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_of("--no-evaluation", "--evaluation", own)
+
+
 def test_questions_are_asked_on_a_terminal_only(monkeypatch):
     from art_saliency.cli import export as command
 

@@ -42,12 +42,15 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--dataset", default="cifar10", help="cifar10, cifar100 or imagenet (default: %(default)s)")
     parser.add_argument("--threat-model", default="Linf", help="Linf, L2 or corruptions (default: %(default)s)")
     parser.add_argument("--eps", type=fraction, help="radius in units of [0, 1] (default: the leaderboard's)")
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--evaluation",
         action="append",
         metavar="FILE",
-        help="evaluation.json of these weights; more of them, with other seeds, tell the spread (default: the one in DIR)",
+        help="evaluation.json of these weights; more of them, with other seeds, tell the spread (default: the one in DIR, when "
+        "it is for this threat model and radius)",
     )
+    which.add_argument("--no-evaluation", action="store_true", help="leave the accuracies open")
     parser.add_argument("--source", metavar="FILE:FACTORY", help="the network's code, when it is not this package's")
     parser.add_argument("--architecture", help="what the leaderboard shows (default: what is known)")
     parser.add_argument(
@@ -77,10 +80,7 @@ def run(args: argparse.Namespace) -> int:
     from art_saliency.trainers.runs import load
 
     classifier = load(args.folder)
-    own = Path(args.folder) / "evaluation.json"
-    evaluation = args.evaluation or ([str(own)] if own.is_file() else None)
-    if evaluation is None:
-        say(args, f"{args.folder} has no evaluation.json: accuracies stay null (art-saliency evaluate {args.folder})")
+    evaluation = args.evaluation or (None if args.no_evaluation else _own_evaluation(args))
     human = _asked({name: getattr(args, name) for name in _QUESTIONS}, quiet=args.quiet)
     answer = human.pop("additional_data")
     target = export_robustbench(
@@ -114,6 +114,27 @@ def run(args: argparse.Namespace) -> int:
         )
     print(f"Next: art-saliency verify {target}")
     return 0
+
+
+def _own_evaluation(args: argparse.Namespace) -> list[str] | None:
+    """:return: The run's ``evaluation.json``, when it is for what is exported; None, and why on the error stream, when not."""
+    from art_saliency.robustbench.evidence import is_under, read_evidence
+    from art_saliency.robustbench.export import threat_of
+    from art_saliency.robustbench.model_info import board, eps_text
+
+    threat = threat_of(args.threat_model, args.eps, board(args.dataset, args.threat_model))
+    own = Path(args.folder) / "evaluation.json"
+    if threat is None:
+        return None
+    if not own.is_file():
+        say(args, f"{args.folder} has no evaluation.json: accuracies stay null (art-saliency evaluate {args.folder})")
+        return None
+    if is_under(record := read_evidence(own).record, threat):
+        return [str(own)]
+    got, wanted = f"{record['norm']} eps {eps_text(record['eps'])}", f"{threat.norm} eps {eps_text(threat.eps)}"
+    again = f"art-saliency evaluate {args.folder} --norm {threat.norm} --eps {eps_text(threat.eps)}"
+    say(args, f"{own} is for {got}, not {wanted}: accuracies stay null ({again})")
+    return None
 
 
 def _batch_size(bundle: Path) -> int | None:

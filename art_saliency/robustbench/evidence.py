@@ -18,7 +18,16 @@ from art_saliency.files import read_tensors, sha256_of_tensors
 from art_saliency.robustbench.deployable import Deployable
 from art_saliency.threat import ThreatModel
 
-__all__ = ["Evidence", "autoattack_log", "differences", "gather", "record_problems", "spread"]
+__all__ = [
+    "Evidence",
+    "autoattack_log",
+    "differences",
+    "gather",
+    "is_under",
+    "read_evidence",
+    "record_problems",
+    "spread",
+]
 
 
 def _whole(value: Any, least: int) -> bool:
@@ -79,7 +88,7 @@ def gather(source: Any, network: Deployable, threat: ThreatModel) -> list[Eviden
     :raises InputError: When one of them is of other weights, data or settings; everything that differs is listed.
     """
     items = list(source) if isinstance(source, (list, tuple)) else [source]
-    found = [_read(item) for item in items]
+    found = [read_evidence(item) for item in items]
     for place, evidence in enumerate(found):
         _check(f"evaluation {place + 1}", evidence, network, threat)
     if got := differences([evidence.record for evidence in found]):
@@ -115,7 +124,18 @@ def record_problems(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def _read(item: Any) -> Evidence:
+def is_under(record: dict[str, Any], threat: ThreatModel) -> bool:
+    """:return: Whether an evaluation's record is of this norm and radius."""
+    return (record["norm"], round(record["eps"], 9)) == (threat.norm, round(threat.eps, 9))
+
+
+def read_evidence(item: Any) -> Evidence:
+    """
+    Read one evaluation; of which weights it is, is not looked at.
+
+    :param item: A result of :func:`art_saliency.autoattack`, or the path of an ``evaluation.json``.
+    :raises CheckpointError: When the file is no evaluation, or not that of the images beside it.
+    """
     if isinstance(item, AutoAttackResult):
         return Evidence(json.loads(json.dumps(item.to_json())), item.x_adv)
     if not isinstance(item, (str, Path)):
@@ -152,7 +172,7 @@ def _check(name: str, evidence: Evidence, network: Deployable, threat: ThreatMod
         weights = f"{record['weights_sha256'][:12]}..., not of {network.sha256[:12]}..., which is to be exported"
         baked = ", evaluate deployable(classifier).network" if network.normalised else ""
         wrong.append(f"is of the weights {weights} (train and evaluate again, or export what was evaluated{baked})")
-    if (record["norm"], round(record["eps"], 9)) != (threat.norm, round(threat.eps, 9)):
+    if not is_under(record, threat):
         wrong.append(f"is for {record['norm']} eps {record['eps']:g}, not {threat.norm} eps {threat.eps:g}")
     if not record["standard"]:
         deviations = "; ".join(record["deviations"]) or f"version {record['version']}"

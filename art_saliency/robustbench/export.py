@@ -30,7 +30,7 @@ from art_saliency.robustbench.user_source import UserSource
 from art_saliency.robustbench.writing import Architecture
 from art_saliency.threat import ThreatModel
 
-__all__ = ["export_robustbench", "name_problem"]
+__all__ = ["export_robustbench", "name_problem", "threat_of"]
 
 Evaluations: TypeAlias = AutoAttackResult | str | Path | Sequence[AutoAttackResult | str | Path]
 
@@ -92,7 +92,7 @@ def export_robustbench(
     :raises CheckpointError: When it cannot be written.
     """
     target, place = Path(out), _place(name, dataset, threat_model, preprocessing)
-    threat = _threat(threat_model, eps, place)
+    threat = threat_of(threat_model, eps, place)
     info = {
         "link": paper_url,
         "name": paper_title,
@@ -172,8 +172,8 @@ def _place(name: str, dataset: str, threat_model: str, preprocessing: str | None
     return place
 
 
-def _threat(threat_model: str, eps: float | None, place: Board) -> ThreatModel | None:
-    """:return: The threat model with its radius; ``None`` for corruptions."""
+def threat_of(threat_model: str, eps: float | None, place: Board) -> ThreatModel | None:
+    """:param eps: ``None`` is the leaderboard's. :return: The threat model with its radius; ``None`` for corruptions."""
     standard = place.eps[threat_model]
     if standard is None:
         if eps is not None:
