@@ -18,7 +18,15 @@ from art_saliency.files import sha256_of_tensors
 from art_saliency.robustbench.bundle import SUMS, sealed, sum_problems, write_text
 from art_saliency.robustbench.deployable import deployable
 from art_saliency.robustbench.evidence import autoattack_log, gather, spread
-from art_saliency.robustbench.model_info import board, eps_text, known_fields, percent_text, problems, unfilled
+from art_saliency.robustbench.model_info import (
+    board,
+    eps_text,
+    known_fields,
+    percent_text,
+    prepared_board,
+    problems,
+    unfilled,
+)
 from art_saliency.robustbench.submission import TO_FILL_IN, entry, submission
 from art_saliency.robustbench.writing import Architecture
 from art_saliency.threat import ThreatModel
@@ -112,6 +120,9 @@ def test_percentages_and_boards():
     assert percent_text(1) == "100.00"
     assert percent_text(0) == "0.00"
     assert board("imagenet", "Linf").eps["Linf"] == 4 / 255
+    assert prepared_board("imagenet", "Linf", "Crop288").input_shape == (3, 288, 288)
+    assert prepared_board("imagenet", "Linf", "Res256Crop224") == board("imagenet", "Linf")
+    assert prepared_board("cifar10", "L2", None) == board("cifar10", "L2")
     with pytest.raises(InputError, match="did you mean 'cifar10'"):
         board("cifar-10", "Linf")
     with pytest.raises(InputError, match="threat_model: got 'L2'"):

@@ -62,6 +62,21 @@ def make():
 """
 
 
+OF_288 = """
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Conv2d(3, 2, 16, 16), nn.Flatten(), nn.Linear(2 * 18 * 18, 1000))
+"""
+"""A network for images of 288 pixels a side alone."""
+
+
+def made_by(code):
+    names = {}
+    exec(code, names)
+    return names["make"]()
+
+
 def network(name="small-cnn", shape=SHAPE, classes=10, **options):
     torch.manual_seed(0)
     model = build_network(name, num_classes=classes, input_shape=shape, **{"width": 4, **options})
@@ -116,10 +131,9 @@ def results(images):
 def models(place):
     """By name: a model, and the arguments of its export."""
     (place / "users.py").write_text(USERS)
-    names = {}
-    exec(USERS, names)
+    (place / "of_288.py").write_text(OF_288)
     torch.manual_seed(0)
-    users = names["make"]()
+    users, made_for_288 = (made_by(code) for code in (USERS, OF_288))
     standardised = {"clip_values": (0, 255), "preprocessing": ((120.0, 110.0, 100.0), (50.0, 60.0, 70.0))}
     source = f"{place / 'users.py'}:make"
     silu = network("preactresnet18", classes=100, activation="silu")
@@ -134,6 +148,10 @@ def models(place):
         "Doe2026Large": (
             with_fsr(large, "layer2", (3, 224, 224), 1000),
             {"dataset": "imagenet", "preprocessing": "Res256Crop224", "eps": 4 / 255},
+        ),
+        "Doe2026Larger": (
+            made_for_288,
+            {"dataset": "imagenet", "preprocessing": "Crop288", "source": f"{place / 'of_288.py'}:make"},
         ),
         "Doe2026Corrupted": (network(), {"threat_model": "corruptions"}),
     }
@@ -187,7 +205,7 @@ NAMES = [
     "Doe2026Users",
     "Doe2026Silu",
 ]
-NAMES += ["Doe2026Large", "Doe2026Corrupted"]
+NAMES += ["Doe2026Large", "Doe2026Larger", "Doe2026Corrupted"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -227,7 +245,8 @@ def test_a_benchmark_that_fails_is_not_taken_for_a_bundle_that_cannot_be_loaded(
 def test_robustbenchs_class_is_used_where_it_has_one(proven, place):
     kinds = {name: page_of(place / name, "bundle.json")["architecture"] for name in NAMES}
     own = dict.fromkeys(NAMES, "own")
-    assert kinds == own | {"Doe2026Wrn": "robustbench", "Doe2026Theirs_R18": "robustbench", "Doe2026Users": "user"}
+    theirs = {"Doe2026Wrn": "robustbench", "Doe2026Theirs_R18": "robustbench"}
+    assert kinds == own | theirs | {"Doe2026Users": "user", "Doe2026Larger": "user"}
     assert not (place / "Doe2026Wrn" / "architecture.py").exists()
     assert "class Doe2026WrnNet(WideResNet)" in (place / "Doe2026Wrn" / "model_zoo_entry.py").read_text()
 
@@ -796,6 +815,7 @@ def seconded(bundle, spread, **changes):
         (lambda b: edited(b / "bundle.json", name="../../x2026X"), "name: got '../../x2026X'"),
         (lambda b: edited(b / "bundle.json", schema=2), "look at schema"),
         (lambda b: edited(b / "bundle.json", num_classes=9), "classes and shape"),
+        (lambda b: edited(b / "bundle.json", preprocessing="Res224"), "preprocessing: got 'Res224', expected None"),
         (lambda b: (b / "bundle.json").write_text("[]"), "bundle.json is no object"),
     ],
 )

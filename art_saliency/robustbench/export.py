@@ -21,11 +21,19 @@ from art_saliency.robustbench.architecture import architectures_of
 from art_saliency.robustbench.bundle import SCHEMA, Layout, check_place, sealed, write_json, write_text
 from art_saliency.robustbench.deployable import Deployable, foreign_steps, own_logits, taken_out
 from art_saliency.robustbench.evidence import Evidence, autoattack_log, gather, spread
-from art_saliency.robustbench.model_info import Board, board, eps_text, known_fields, percent_text, problems
+from art_saliency.robustbench.model_info import (
+    Board,
+    board,
+    eps_text,
+    known_fields,
+    percent_text,
+    prepared_board,
+    problems,
+)
 from art_saliency.robustbench.proof import TOLERANCE, check_installed, load_problems, make_job, prove
 from art_saliency.robustbench.rules import Violation, key_violations, network_violations, probe_images, refusal
 from art_saliency.robustbench.statement import statement
-from art_saliency.robustbench.submission import PREPROCESSINGS, entry, submission
+from art_saliency.robustbench.submission import entry, submission
 from art_saliency.robustbench.user_source import UserSource
 from art_saliency.robustbench.writing import Architecture
 from art_saliency.threat import ThreatModel
@@ -162,14 +170,10 @@ def name_problem(name: object, dataset: str) -> str | None:
 
 def _place(name: str, dataset: str, threat_model: str, preprocessing: str | None) -> Board:
     """:return: The board, once name and preprocessing are known to suit it."""
-    place = board(dataset, threat_model)
+    board(dataset, threat_model)
     if expected := name_problem(name, dataset):
         raise _checks.refuse("name", repr(name), expected)
-    if dataset == "imagenet":
-        _checks.one_of("preprocessing", preprocessing, PREPROCESSINGS)
-    elif preprocessing is not None:
-        raise _checks.refuse("preprocessing", repr(preprocessing), f"None for {dataset}", "it is for ImageNet")
-    return place
+    return prepared_board(dataset, threat_model, preprocessing)
 
 
 def threat_of(threat_model: str, eps: float | None, place: Board) -> ThreatModel | None:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from art_saliency import _checks
 
-__all__ = ["BOARDS", "Board", "board", "eps_text", "known_fields", "percent_text", "problems", "unfilled"]
+__all__ = [
+    "BOARDS",
+    "PREPROCESSINGS",
+    "Board",
+    "board",
+    "eps_text",
+    "known_fields",
+    "percent_text",
+    "prepared_board",
+    "problems",
+    "unfilled",
+]
 
 
 @dataclass(frozen=True)
@@ -17,7 +28,7 @@ class Board:
     """
     A data set as RobustBench knows it.
 
-    :ivar num_classes: K. :ivar input_shape: (C, H, W). :ivar images: Of the full evaluation.
+    :ivar num_classes: K. :ivar input_shape: (C, H, W), before any preprocessing of its own. :ivar images: Of the full evaluation.
     :ivar eps: The radius of its leaderboard, by threat model; ``None`` for corruptions, which have none.
     """
 
@@ -35,10 +46,30 @@ BOARDS = {
 """RobustBench's leaderboards."""
 
 
+PREPROCESSINGS = {"Res256Crop224": 224, "Crop288": 288, "Res224": 224, "BicubicRes256Crop224": 224}
+"""What RobustBench can do to an ImageNet picture before a network sees it, by its own names; and the pixels a side of what it sees."""
+
+
 def board(dataset: str, threat_model: str) -> Board:
     """:return: The board. :raises InputError: When RobustBench has no such data set or threat model."""
     found = BOARDS[_checks.one_of("dataset", dataset, BOARDS)]
     _checks.one_of("threat_model", threat_model, found.eps)
+    return found
+
+
+def prepared_board(dataset: str, threat_model: str, preprocessing: str | None) -> Board:
+    """
+    A board as a network meets it.
+
+    :param preprocessing: For ImageNet one of :data:`PREPROCESSINGS`, by which images get their size; else ``None``.
+    :raises InputError: When RobustBench has no such data set, threat model or preprocessing.
+    """
+    found = board(dataset, threat_model)
+    if dataset == "imagenet":
+        side = PREPROCESSINGS[_checks.one_of("preprocessing", preprocessing, PREPROCESSINGS)]
+        return replace(found, input_shape=(3, side, side))
+    if preprocessing is not None:
+        raise _checks.refuse("preprocessing", repr(preprocessing), f"None for {dataset}", "it is for ImageNet")
     return found
 
 

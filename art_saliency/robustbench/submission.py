@@ -10,10 +10,7 @@ from art_saliency.evaluation.accuracy import binomial_interval
 from art_saliency.robustbench.model_info import board, unfilled
 from art_saliency.robustbench.writing import Architecture, identifier
 
-__all__ = ["PREPROCESSINGS", "TO_FILL_IN", "entry", "submission"]
-
-PREPROCESSINGS = ("Res256Crop224", "Crop288", "Res224", "BicubicRes256Crop224")
-"""What RobustBench can do to an ImageNet picture before a network sees it, by its own names."""
+__all__ = ["TO_FILL_IN", "entry", "submission"]
 
 TO_FILL_IN = "**(to be filled in)**"
 """Stands where a human has said nothing yet."""
@@ -23,7 +20,7 @@ def entry(name: str, dataset: str, threat_model: str, architecture: Architecture
     """
     ``model_zoo_entry.py``: what the pull request adds to ``robustbench/model_zoo/<dataset>.py``.
 
-    :param preprocessing: Of ImageNet pictures, one of :data:`PREPROCESSINGS`.
+    :param preprocessing: Of ImageNet pictures, one of :data:`~art_saliency.robustbench.model_info.PREPROCESSINGS`.
     :return: Python code that defines ``ENTRY``.
     """
     lines, factory = architecture.definition

@@ -23,7 +23,7 @@ from art_saliency.files import is_dense, read_tensors, sha256_of_tensors
 from art_saliency.robustbench.benchmark import compared, wanted_benchmark
 from art_saliency.robustbench.bundle import SCHEMA, Layout, strange_entries, sum_problems
 from art_saliency.robustbench.export import name_problem
-from art_saliency.robustbench.model_info import board, problems, unfilled
+from art_saliency.robustbench.model_info import prepared_board, problems, unfilled
 from art_saliency.robustbench.proof import load_problems, make_job, prove
 from art_saliency.robustbench.rules import key_violations
 from art_saliency.robustbench.statement import statement_problems
@@ -166,7 +166,7 @@ def _read_page(path: Path, found: Verification) -> dict[str, Any] | None:
         found.problems.append(f"bundle.json is not one that this version reads: look at {', '.join(wrong)}")
         return None
     try:
-        place = board(page["dataset"], page["threat_model"])
+        place = prepared_board(page["dataset"], page["threat_model"], page["preprocessing"])
     except InputError as error:
         found.problems.append(f"bundle.json: {error}")
         return None
