@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from functools import partial
+from importlib.metadata import requires
 
 import numpy as np
 import pytest
@@ -409,6 +411,53 @@ def test_a_network_that_build_network_normalised_needs_no_code_for_it(tmp_path):
 def test_without_a_source_it_is_refused_with_the_cure(users):
     with pytest.raises(UnsupportedModelError, match=r"network.Net.*source='network.py:factory'"):
         architectures_of(users[1], "Doe2026Saliency")
+
+
+WITH_OPTIONS = {
+    "def make(num_classes, in_channels=1): return net(num_classes, in_channels)": "make(num_classes=10, in_channels=3)",
+    "def make(*, num_classes): return net(num_classes, 3)": "make(num_classes=10)",
+    "def make(**options): return net(options['num_classes'], 3)": "make(num_classes=10, in_channels=3)",
+    "def make(width=8): return net(10, 3)": "make()",
+    "class make(nn.Sequential):\n    def __init__(self, num_classes): super().__init__(net(num_classes, 3))": "make(num_classes=10)",
+}
+NET = """
+from torch import nn
+
+def net(num_classes, in_channels):
+    return nn.Sequential(nn.Conv2d(in_channels, 6, 8, 8), nn.Flatten(), nn.Linear(96, num_classes))
+
+"""
+
+
+@pytest.mark.parametrize("text", WITH_OPTIONS)
+def test_a_factory_is_called_as_build_network_calls_it(tmp_path, monkeypatch, text):
+    (tmp_path / "options_of_users.py").write_text(NET + text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "options_of_users", raising=False)
+    torch.manual_seed(0)
+    model = build_network("options_of_users:make", num_classes=10, input_shape=SHAPE)
+    source = UserSource(tmp_path / "options_of_users.py", "make", {"num_classes": 10, "in_channels": 3})
+    assert torch.equal(written_logits(model, source), own_logits(model, X))
+    (one,) = architectures_of(deployable(model).network, "Doe2026Saliency", source=source)
+    assert f"model = {WITH_OPTIONS[text]}\n" in one.code
+
+
+def test_what_robustbench_depends_on_may_be_imported():
+    """As the installed robustbench declares it."""
+    asked = {re.match(r"[\w-]+", line)[0].lower() for line in requires("robustbench")}
+    modules = {{"pyyaml": "yaml"}.get(name, name) for name in asked}
+    assert {"torchdiffeq", "geotorch", "pandas", "timm"} <= modules
+    assert import_problems("".join(f"import {name}\n" for name in modules)) == []
+
+
+@pytest.mark.parametrize("caught", ["ImportError", "ModuleNotFoundError", "(ValueError, ImportError)", "Exception", ""])
+def test_an_import_that_a_file_does_without_is_its_own_affair(caught):
+    text = f"try:\n    import apex\n    from xformers.ops import attention\nexcept {caught}:\n    apex = None\n"
+    assert import_problems(text) == []
+    assert import_problems(f"{text}import apex\n") == ["imports 'apex', which RobustBench does not depend on"]
+    elsewhere = f"try:\n    apex = 1\nexcept {caught}:\n    import apex\n"
+    assert import_problems(elsewhere) == ["imports 'apex', which RobustBench does not depend on"]
+    assert len(import_problems("try:\n    import apex\nexcept ValueError:\n    pass\n")) == 1
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -267,6 +268,16 @@ def test_what_only_a_human_knows_is_left_open_in_words_and_never_made_up(evaluat
     assert "- [x] the weights may be shared under the MIT license" in text
 
 
+@pytest.mark.parametrize(("eps", "warned"), [("8/255", False), ("4/255", True)])
+def test_another_radius_than_the_leaderboards_is_told_before_it_is_sent(evaluated, eps, warned):
+    human = {"license": "MIT", "code_url": "https://c.org", "checkpoint_url": "https://w.org"}
+    words = {"name": "Doe2026X", "threat_model": "Linf", "architecture": OWN, "human": human, "seeds": None}
+    text = submission({**PAGE, "eps": eps}, stated=None, **words)
+    assert ("- for eps 4/255: the leaderboard is for 8/255 alone" in text) == warned
+    corrupted = {**PAGE, "eps": None, "corruptions_acc": "88.1"}
+    assert "leaderboard" not in submission(corrupted, stated=None, **{**words, "threat_model": "corruptions"})
+
+
 def test_the_entry_is_code_that_defines_one_row():
     text = entry("Doe2026X", "imagenet", "Linf", OWN, "Res224")
     assert "robustbench/model_zoo/architectures/doe2026x.py" in text
@@ -297,6 +308,30 @@ def test_a_bundle_appears_with_sums_that_the_usual_tool_reads(tmp_path):
         pytest.skip("no sha256sum here")
     done = subprocess.run(["sha256sum", "-c", SUMS], cwd=tmp_path / "b", capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.count("OK")) == (0, 2)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_has_appeared_meanwhile_is_replaced_only_where_it_may_be(tmp_path, force):
+    def written_twice(other):
+        with sealed(tmp_path / "b", force=force) as folder:
+            fill(folder, "ours")
+            other()
+
+    def another():
+        with sealed(tmp_path / "b", force=True) as folder:
+            fill(folder, "theirs")
+
+    def notes():
+        shutil.rmtree(tmp_path / "b")
+        write_text(tmp_path / "b" / "notes.txt", "mine")
+
+    with nullcontext() if force else pytest.raises(InputError, match="add --force"):
+        written_twice(another)
+    assert (tmp_path / "b" / "a" / "file.txt").read_text() == ("ours" if force else "theirs")
+    with pytest.raises(InputError, match=r"holds other files|there already"):
+        written_twice(notes)
+    assert force == (tmp_path / "b" / "notes.txt").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"b"}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, SystemExit])

@@ -95,6 +95,7 @@ def sealed(target: Path, *, force: bool) -> Iterator[Path]:
         yield folder
         files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         write_text(folder / SUMS, "".join(f"{sha256_of_file(folder / file)}  {file}\n" for file in files))
+        check_place(target, force=force)  # something may have appeared there meanwhile
 
 
 def check_place(target: Path, *, force: bool) -> None:

@@ -84,7 +84,8 @@ def export_robustbench(
     :param eps: In units of [0, 1]; ``None`` takes the leaderboard's.
     :param evaluation: Of these weights: see :func:`~art_saliency.robustbench.evidence.gather`. ``None`` leaves accuracies null.
         RobustBench's ``benchmark`` returns its number exactly when it was made with ``batch_size=32``.
-    :param source: ``"network.py:factory"``, for a network that is not this package's.
+    :param source: ``"network.py:factory"``, for a network that is not this package's; the factory is called as by
+        :func:`art_saliency.build_network`.
     :param architecture: What the leaderboard shows, ``"WideResNet-34-10"``; ``None`` takes what is known.
     :param preprocessing: For ImageNet, what RobustBench does to the pictures: one of its names, ``"Res256Crop224"``.
     :param paper_title: Of the paper that presents it. :param paper_url: Where all can read it: mandatory for RobustBench.
@@ -115,7 +116,7 @@ def export_robustbench(
         **({} if footnote is None else {"footnote": footnote}),
     }
     _check_info(_completed(info, None, threat_model, place))
-    user = None if source is None else _source(source)
+    user = None if source is None else _source(source, place)
     check_place(target, force=force)
     check_installed()
     plain = taken_out(model)
@@ -193,11 +194,12 @@ def _check_info(info: dict[str, Any]) -> None:
         raise _checks.refuse("model_info", f"a page that {'; '.join(wrong)}", "what RobustBench's fields take")
 
 
-def _source(text: str) -> UserSource:
+def _source(text: str, place: Board) -> UserSource:
     path, colon, factory = str(text).rpartition(":")
     if not colon or not factory.isidentifier():
         raise _checks.refuse("source", repr(text), "a file and a function in it: 'network.py:factory'")
-    return UserSource(Path(path), factory)
+    options = {"num_classes": place.num_classes, "in_channels": place.input_shape[0]}
+    return UserSource(Path(path), factory, options)
 
 
 def _lint(steps: list[Violation], plain: Deployable, place: Board) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from art_saliency._version import __version__
 from art_saliency.evaluation.accuracy import binomial_interval
-from art_saliency.robustbench.model_info import board, unfilled
+from art_saliency.robustbench.model_info import board, eps_text, unfilled
 from art_saliency.robustbench.writing import Architecture, identifier
 
 __all__ = ["TO_FILL_IN", "entry", "submission"]
@@ -54,7 +54,8 @@ def submission(
     def shown(value: Any) -> str:
         return TO_FILL_IN if value in (None, "") else str(value)
 
-    full = stated is not None and stated["count"] >= board(str(info["dataset"]), threat_model).images
+    place = board(str(info["dataset"]), threat_model)
+    full = stated is not None and stated["count"] >= place.images
     mine = "a class of RobustBench's own" if architecture.code is None else "in `architecture.py`"
     data = {True: "yes", False: "no", None: TO_FILL_IN}[info["additional_data"]]
     rows = [
@@ -78,9 +79,13 @@ def submission(
     table = "\n".join(f"- **{label}**: {shown(value)}" for label, value in rows)
     missing = [*unfilled(info), *(word for word in ("checkpoint_url", "code_url", "license") if not human.get(word))]
     warnings = [f"- still to be filled in: {', '.join(missing)}"] if missing else []
+    radius = place.eps[threat_model]
+    if radius is not None and info["eps"] != eps_text(radius):
+        warnings.append(f"- for eps {info['eps']}: the leaderboard is for {eps_text(radius)} alone")
     if stated is not None and not full:
-        whole = board(str(info["dataset"]), threat_model).images
-        warnings.append(f"- evaluated on {stated['count']} of {whole} images: the leaderboard takes the whole set only")
+        warnings.append(
+            f"- evaluated on {stated['count']} of {place.images} images: the leaderboard takes the whole set only"
+        )
     if stated is not None:
         warnings += [f"- AutoAttack warned: {warning}" for warning in stated["warnings"]]
     before = "\n".join(["\n## Before it is sent\n", *warnings]) + "\n" if warnings else ""
