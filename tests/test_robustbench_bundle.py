@@ -57,7 +57,7 @@ def test_a_page_as_robustbench_has_them_is_good():
     assert problems({**PAGE, "external": "51.00", "unreliable": True, "footnote": "A note."}, "cifar10", "Linf") == []
     corrupted = {key: value for key, value in PAGE.items() if key != "autoattack_acc"} | {"eps": None}
     assert problems({**corrupted, "corruptions_acc": "88.1"}, "cifar10", "corruptions") == []
-    more = {"corruptions_mce": "50", "corruptions_acc_3d": None, "corruptions_mce_3d": None, "dataset": "imagenet"}
+    more = {"corruptions_mce": "103.2", "corruptions_acc_3d": None, "corruptions_mce_3d": None, "dataset": "imagenet"}
     assert problems({**corrupted, **more, "corruptions_acc": "88.1"}, "imagenet", "corruptions") == []
 
 
@@ -254,7 +254,7 @@ def test_what_only_a_human_knows_is_left_open_in_words_and_never_made_up(evaluat
     ):
         (line,) = (line for line in text.splitlines() if line.startswith(f"- **{label}"))
         assert line.endswith(TO_FILL_IN)
-    assert "still to be filled in: link, name, authors" in text
+    assert "still to be filled in, by exporting again with --force: link, name, authors" in text
     stated = evaluated[1][0].to_json()
     seeds = {"seeds": [0, 1], "low": 0.25, "high": 0.5}
     human = {"license": "MIT", "code_url": "https://c.org", "checkpoint_url": "https://w.org"}
@@ -284,6 +284,8 @@ def test_the_entry_is_code_that_defines_one_row():
     names = {}
     exec(text.replace(OWN.definition[0], "doe = 3"), names)
     assert names["ENTRY"] == ("Doe2026X", {"model": 3, "gdrive_id": None, "preprocessing": "Res224"})
+    exec(entry("Doe2026X", "imagenet", "Linf", OWN, "Res224", "1a").replace(OWN.definition[0], "doe = 3"), names)
+    assert names["ENTRY"][1]["gdrive_id"] == "1a"
 
 
 # ---- on disk -------------------------------------------------------------------------------------------------------

@@ -62,6 +62,8 @@ def make():
 """
 
 
+CORRUPTED = {"threat_model": "corruptions"}
+
 OF_288 = """
 from torch import nn
 
@@ -351,6 +353,34 @@ def test_a_runs_own_evaluation_of_something_else_is_left_out_and_that_is_said(ru
     assert ("accuracies stay null" in told) == bool(says)
 
 
+def test_what_is_known_later_is_exported_again_and_no_sealed_file_is_edited(run_of, tmp_path):
+    words = [
+        "--threat-model",
+        "corruptions",
+        "--corruptions",
+        "clean_acc=93.1",
+        "--corruptions",
+        "corruptions_acc=85.25",
+    ]
+    assert run_of("--threat-model", "corruptions")["corruptions_acc"] is None
+    bundle = tmp_path / "b"
+    entry, before = (bundle / "model_zoo_entry.py").read_text(), weights_of(bundle).read_bytes()
+    assert '"gdrive_id": None' in entry
+    for text in (entry, (bundle / "SUBMISSION.md").read_text()):
+        assert "export again with --gdrive-id and --force" in text
+    info = run_of(*words, "--gdrive-id", "1aB_c-9", "--force")
+    assert (info["clean_acc"], info["corruptions_acc"]) == ("93.10", "85.25")
+    entry = (bundle / "model_zoo_entry.py").read_text()
+    assert '"gdrive_id": "1aB_c-9"' in entry
+    assert all("--gdrive-id" not in text for text in (entry, (bundle / "SUBMISSION.md").read_text()))
+    assert weights_of(bundle).read_bytes() == before
+    found = verify_bundle(bundle)
+    assert found.problems == []
+    stated = "accuracies: clean_acc 93.10, corruptions_acc 85.25 are stated, without evidence"
+    assert any(line.startswith(stated) for line in found.unchecked)
+    assert not {"clean_acc", "corruptions_acc"} & set(found.unfilled)
+
+
 def test_an_evaluation_that_was_asked_for_must_fit(run_of, tmp_path, capsys):
     own = str(tmp_path / "run" / "evaluation.json")
     assert run_of("--threat-model", "L2", "--evaluation", own) is None
@@ -570,6 +600,20 @@ def with_a_sparse_buffer():
         (network, "Doe2026X", {"source": "net.py"}, "source: got 'net.py'"),
         (network, "Doe2026X", {"threat_model": "corruptions", "evaluation": "e.json"}, "evaluation: got one"),
         (lambda: network().double(), "Doe2026X", {}, "it holds torch.float64, and RobustBench feeds float32"),
+        (network, "Doe2026X", {"gdrive_id": "https://drive.google.com/file/d/1a/view"}, "gdrive_id: got 'https"),
+        (network, "Doe2026X", {"corruptions": {"clean_acc": 0.9}}, "corruptions: got results, expected None for Linf"),
+        (
+            network,
+            "Doe2026X",
+            {**CORRUPTED, "corruptions": {"corruptions_acc": 85}},
+            "corruptions_acc: got 85, expected",
+        ),
+        (
+            network,
+            "Doe2026X",
+            {**CORRUPTED, "corruptions": {"corruptions_mce": 1}},
+            "corruptions: got 'corruptions_mce'",
+        ),
         (with_a_sparse_buffer, "Doe2026X", {}, "tensors: got 'adjacency', a tensor of torch.sparse_coo"),
         (lambda: network(classes=9), "Doe2026X", {}, "expected logits of shape (6, 10)"),
         (lambda: nn.Sequential(network(), nn.Softmax(1)), "Doe2026X", {}, "puts out probabilities"),

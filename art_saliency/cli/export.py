@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from art_saliency.cli._common import add_run_options, fraction, say
+from art_saliency.cli._common import add_run_options, fraction, read_settings, say
 
 _QUESTIONS = {
     "paper_title": "Title of the paper",
@@ -70,6 +70,15 @@ def add_parser(commands: Any) -> None:
     human.add_argument("--license", help="of the weights")
     human.add_argument("--code-url", help="of the training code")
     human.add_argument("--checkpoint-url", help="where the weights can be fetched")
+    human.add_argument(
+        "--gdrive-id", help="of the weights on Google Drive; once they are there, export again with --force"
+    )
+    human.add_argument(
+        "--corruptions",
+        action="append",
+        metavar="FIELD=PERCENT",
+        help="for the threat model corruptions: clean_acc=93.1 corruptions_acc=85.2, say, one at a time",
+    )
     add_run_options(parser)
     parser.set_defaults(run=run)
 
@@ -99,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
         number_forward_passes=args.number_forward_passes,
         footnote=args.footnote,
         checkpoint_url=args.checkpoint_url,
+        gdrive_id=args.gdrive_id,
+        corruptions=_shares(args.corruptions),
         force=args.force,
         **human,
     )
@@ -135,6 +146,16 @@ def _own_evaluation(args: argparse.Namespace) -> list[str] | None:
     again = f"art-saliency evaluate {args.folder} --norm {threat.norm} --eps {eps_text(threat.eps)}"
     say(args, f"{own} is for {got}, not {wanted}: accuracies stay null ({again})")
     return None
+
+
+def _shares(pairs: list[str] | None) -> dict[str, float] | None:
+    """:return: What ``--corruptions`` says in percent, by field, 0 to 1."""
+    from art_saliency import _checks
+
+    if pairs is None:
+        return None
+    given = read_settings("--corruptions", pairs)
+    return {name: _checks.real(f"--corruptions {name}", value) / 100 for name, value in given.items()}
 
 
 def _batch_size(bundle: Path) -> int | None:

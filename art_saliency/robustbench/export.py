@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -66,6 +66,8 @@ def export_robustbench(
     license: str | None = None,
     code_url: str | None = None,
     checkpoint_url: str | None = None,
+    gdrive_id: str | None = None,
+    corruptions: Mapping[str, float] | None = None,
     force: bool = False,
 ) -> Path:
     """
@@ -94,6 +96,9 @@ def export_robustbench(
     :param additional_data: Whether it was trained on other data than the set's.
     :param number_forward_passes: Of one classification. :param footnote: For the leaderboard.
     :param license: Of the weights. :param code_url: Of the training code. :param checkpoint_url: Where they can be fetched.
+    :param gdrive_id: Of the weights on Google Drive, from where RobustBench fetches them.
+    :param corruptions: For the threat model corruptions: ``{"clean_acc": 0.93, "corruptions_acc": 0.85}``, and for ImageNet the
+        other fields of its ``model_info`` that begin with ``corruptions_``; 0 to 1, errors (``mce``) also above 1.
     :param force: Whether a bundle that is there may be replaced.
     :return: The folder.
     :raises InputError: When an argument, or the evaluation, does not fit; nothing is written.
@@ -114,7 +119,11 @@ def export_robustbench(
         "eps": None if threat is None else eps_text(threat.eps),
         "reported": None if reported is None else percent_text(_checks.real("reported", reported, least=0, most=1)),
         **({} if footnote is None else {"footnote": footnote}),
+        **_corruptions(corruptions, dataset, threat_model),
     }
+    if gdrive_id is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", gdrive_id):
+        expected = "letters, digits, - and _: what stands between /d/ and /view in its address"
+        raise _checks.refuse("gdrive_id", repr(gdrive_id), expected)
     _check_info(_completed(info, None, threat_model, place))
     user = None if source is None else _source(source, place)
     check_place(target, force=force)
@@ -135,7 +144,7 @@ def export_robustbench(
         "standardisation_baked_in": list(plain.normalised),
         "versions": {"art_saliency": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    human = {"license": license, "code_url": code_url, "checkpoint_url": checkpoint_url}
+    human = {"license": license, "code_url": code_url, "checkpoint_url": checkpoint_url, "gdrive_id": gdrive_id}
     choices = architectures_of(plain.network, name, imagenet=dataset == "imagenet", source=user, label=architecture)
     with sealed(target, force=force) as folder:
         layout = Layout(folder, name, dataset, threat_model)
@@ -185,6 +194,21 @@ def threat_of(threat_model: str, eps: float | None, place: Board) -> ThreatModel
             raise _checks.refuse("eps", repr(eps), "None for corruptions")
         return None
     return ThreatModel(threat_model, standard if eps is None else _checks.real("eps", eps, above=0))
+
+
+def _corruptions(results: Mapping[str, float] | None, dataset: str, threat_model: str) -> dict[str, str]:
+    """:return: What was measured under corruptions, as ``model_info`` has it; none of it can be checked here."""
+    if results is None:
+        return {}
+    if threat_model != "corruptions":
+        raise _checks.refuse("corruptions", "results", f"None for {threat_model}", "threat_model='corruptions'")
+    fields = [name for name in known_fields(dataset, threat_model)[0] if name.startswith(("clean_acc", "corruptions_"))]
+    return {
+        _checks.one_of("corruptions", name, fields): percent_text(
+            _checks.real(name, share, least=0, most=None if "_mce" in name else 1)
+        )
+        for name, share in results.items()
+    }
 
 
 def _check_info(info: dict[str, Any]) -> None:
@@ -284,7 +308,9 @@ def _write_pages(
     name, threat_model = layout.name, page["threat_model"]
     write_json(layout.bundle, page)
     write_json(layout.model_info, info)
-    write_text(layout.entry, entry(name, page["dataset"], threat_model, choice, page["preprocessing"]))
+    write_text(
+        layout.entry, entry(name, page["dataset"], threat_model, choice, page["preprocessing"], human["gdrive_id"])
+    )
     if choice.code is not None:
         write_text(layout.architecture, choice.code)
     stated, seeds = (evidence[0].record if evidence else None), spread(evidence)

@@ -99,6 +99,10 @@ def _percent(value: Any) -> bool:
     return isinstance(value, str) and bool(re.fullmatch(r"\d{1,3}(\.\d{1,2})?", value)) and float(value) <= 100
 
 
+def _error(value: Any) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch(r"\d{1,3}(\.\d{1,2})?", value))
+
+
 def _radius(value: Any) -> bool:
     if not isinstance(value, str) or not re.fullmatch(r"\d+/255|\d+(\.\d+)?", value):
         return False
@@ -116,6 +120,7 @@ _TEXT: _Kind = ("text", _text)
 _FLAG: _Kind = ("true or false", lambda value: isinstance(value, bool))
 _COUNT: _Kind = ("a whole number from 1", lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1)
 _PERCENT: _Kind = ('a percentage as text, "52.48"', _percent)
+_ERROR: _Kind = ('a percentage as text, "52.48", which may exceed 100', _error)
 
 _HUMAN = ("link", "name", "authors", "additional_data", "venue")
 """What a human knows: the paper's address, title, authors and venue; and whether other data than the set's was used."""
@@ -144,8 +149,9 @@ def known_fields(dataset: str, threat_model: str) -> tuple[dict[str, _Kind], dic
         needed = {**_ALWAYS, "autoattack_acc": _PERCENT}
         return needed, {"external": _PERCENT, "unreliable": _FLAG, "footnote": _TEXT}
     needed = {**_ALWAYS, "eps": ("null", lambda value: value is None), "corruptions_acc": _PERCENT}
-    more = ("corruptions_mce", "corruptions_acc_3d", "corruptions_mce_3d") if dataset == "imagenet" else ()
-    return {**needed, **dict.fromkeys(more, _PERCENT)}, {"footnote": _TEXT}
+    # A mean corruption error is in units of AlexNet's, and may be above it.
+    more = {"corruptions_mce": _ERROR, "corruptions_acc_3d": _PERCENT, "corruptions_mce_3d": _ERROR}
+    return needed | (more if dataset == "imagenet" else {}), {"footnote": _TEXT}
 
 
 def problems(page: Any, dataset: str, threat_model: str) -> list[str]:

@@ -15,22 +15,36 @@ __all__ = ["TO_FILL_IN", "entry", "submission"]
 TO_FILL_IN = "**(to be filled in)**"
 """Stands where a human has said nothing yet."""
 
+_UPLOAD = (
+    "Once it is on Google Drive, export again with --gdrive-id and --force: an edit would break the bundle's sums."
+)
 
-def entry(name: str, dataset: str, threat_model: str, architecture: Architecture, preprocessing: str | None) -> str:
+
+def entry(
+    name: str,
+    dataset: str,
+    threat_model: str,
+    architecture: Architecture,
+    preprocessing: str | None,
+    gdrive_id: str | None = None,
+) -> str:
     """
     ``model_zoo_entry.py``: what the pull request adds to ``robustbench/model_zoo/<dataset>.py``.
 
     :param preprocessing: Of ImageNet pictures, one of :data:`~art_saliency.robustbench.model_info.PREPROCESSINGS`.
+    :param gdrive_id: Of the weights on Google Drive; ``None`` when they are not there yet.
     :return: Python code that defines ``ENTRY``.
     """
     lines, factory = architecture.definition
     home = f"robustbench/model_zoo/architectures/{identifier(name)}.py"
     copied = f"\n\narchitecture.py, beside this file, goes to {home}." if architecture.code else ""
     extra = f', "preprocessing": "{preprocessing}"' if preprocessing else ""
+    later = f"\n\ngdrive_id is that of {name}.pt. {_UPLOAD}" if gdrive_id is None else ""
+    known = "None" if gdrive_id is None else f'"{gdrive_id}"'
     return (
-        f'"""\nThe entry of {name}, for the OrderedDict of ThreatModel.{threat_model} in robustbench/model_zoo/{dataset}.py.{copied}'
-        f'\n\ngdrive_id is that of {name}.pt once it has been uploaded.\n"""\n\n{lines}\n'
-        f'ENTRY = ("{name}", {{"model": {factory}, "gdrive_id": None{extra}}})\n'
+        f'"""\nThe entry of {name}, for the OrderedDict of ThreatModel.{threat_model} in robustbench/model_zoo/{dataset}.py.{copied}{later}'
+        f'\n"""\n\n{lines}\n'
+        f'ENTRY = ("{name}", {{"model": {factory}, "gdrive_id": {known}{extra}}})\n'
     )
 
 
@@ -47,7 +61,7 @@ def submission(
     """
     ``SUBMISSION.md``: RobustBench's issue form, filled with what is known.
 
-    :param info: The ``model_info`` page. :param human: ``license``, ``code_url``, ``checkpoint_url``; what is unknown is missing.
+    :param info: The ``model_info`` page. :param human: ``license``, ``code_url``, ``checkpoint_url``, ``gdrive_id``; what is unknown is missing.
     :param stated: The record of the evaluation; ``None`` when there was none. :param seeds: Its spread over seeds.
     """
 
@@ -78,7 +92,9 @@ def submission(
     ]
     table = "\n".join(f"- **{label}**: {shown(value)}" for label, value in rows)
     missing = [*unfilled(info), *(word for word in ("checkpoint_url", "code_url", "license") if not human.get(word))]
-    warnings = [f"- still to be filled in: {', '.join(missing)}"] if missing else []
+    warnings = [f"- still to be filled in, by exporting again with --force: {', '.join(missing)}"] if missing else []
+    if not human.get("gdrive_id"):
+        warnings.append(f"- {name}.pt is not uploaded yet. {_UPLOAD}")
     radius = place.eps[threat_model]
     if radius is not None and info["eps"] != eps_text(radius):
         warnings.append(f"- for eps {info['eps']}: the leaderboard is for {eps_text(radius)} alone")

@@ -244,9 +244,7 @@ def _check_evaluation(
 ) -> dict[str, Any] | None:
     """:param images: What ``x_adv.pt`` holds. :return: ``evaluation.json``, when nothing is wrong with the bundle so far."""
     if not layout.evaluation.is_file():
-        stated = [name for name in ("clean_acc", "autoattack_acc") if info.get(name) is not None]
-        found.problems += [f"model_info states {name} without an evaluation" for name in stated]
-        found.unchecked.append("accuracies: the bundle states none")
+        _without_evaluation(page, info, found)
         return None
     report: dict[str, Any] | None = _json(layout.evaluation, found)
     found.problems += statement_problems(report, page, info, images)
@@ -254,6 +252,19 @@ def _check_evaluation(
     if images is None:
         found.unchecked.append("how the network classifies adversarial images (there are none to be scored)")
     return report if not found.problems else None
+
+
+def _without_evaluation(page: dict[str, Any], info: dict[str, Any], found: Verification) -> None:
+    """Say what is stated all the same: of corruptions there is no evidence that a bundle could hold."""
+    names = [name for name in info if name in ("clean_acc", "autoattack_acc") or name.startswith("corruptions_")]
+    stated = [name for name in names if info[name] is not None]
+    if not stated:
+        found.unchecked.append("accuracies: the bundle states none")
+    elif page["threat_model"] == "corruptions":
+        words = ", ".join(f"{name} {info[name]}" for name in stated)
+        found.unchecked.append(f"accuracies: {words} are stated, without evidence (RobustBench measures them itself)")
+    else:
+        found.problems += [f"model_info states {name} without an evaluation" for name in stated]
 
 
 def _check_code(layout: Layout, page: dict[str, Any], found: Verification) -> None:
