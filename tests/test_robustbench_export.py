@@ -580,6 +580,7 @@ def with_a_sparse_buffer():
     [
         (network, "doe", {}, "name: got 'doe', expected an author, a year"),
         (network, "Doe2026X/../../x", {}, "name: got"),
+        (network, "Doe202\u0666X", {}, "name: got"),  # an Arabic six
         (
             network,
             "Standard2026Model",

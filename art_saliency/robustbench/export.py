@@ -170,7 +170,7 @@ def export_robustbench(
 def name_problem(name: object, dataset: str) -> str | None:
     """:return: What RobustBench has against a name; ``None`` when it has nothing."""
     if not isinstance(name, str) or not re.fullmatch(
-        r"[A-Z][A-Za-z-]*\d{4}[A-Z0-9][A-Za-z0-9-]*(_[A-Za-z0-9.-]+)*", name
+        r"[A-Z][A-Za-z-]*[0-9]{4}[A-Z0-9][A-Za-z0-9-]*(_[A-Za-z0-9.-]+)*", name
     ):
         return "an author, a year and the first word of the title: 'Doe2026Saliency', 'Doe2026Saliency_WRN-34-10'"
     if "Kireev2021Effectiveness" in name or (dataset == "imagenet" and "Standard" in name):
