@@ -840,7 +840,7 @@ def seconded(bundle, spread, **changes):
         (lambda b: torch.save({"a": torch.eye(2).to_sparse()}, weights_of(b)), "a is not a plain tensor"),
         (lambda b: torch.save({"a": torch.eye(2, device="meta")}, weights_of(b)), "a is not a plain tensor"),
         (lambda b: torch.save({"a": torch.ones(2).to(torch.float8_e5m2)}, weights_of(b)), "whose rounding masks"),
-        (lambda b: torch.save({"x_adv": torch.eye(3).to_sparse()}, b / "x_adv.pt"), "x_adv.pt: got other things"),
+        (lambda b: torch.save({"x_adv": torch.ones(12, *SHAPE).to_sparse()}, b / "x_adv.pt"), "x_adv.pt: got other"),
         (lambda b: torch.save({"x_adv": torch.tensor(0.5)}, b / "x_adv.pt"), "than x_adv with 4 axes, finite"),
         (lambda b: torch.save({"x": torch.ones(2)}, b / "reference.pt"), "than x with 4 axes and logits with 2 axes"),
         (lambda b: (b / "evaluation.json").write_text("[" * 200_000 + "]" * 200_000), "cannot be read as JSON"),
