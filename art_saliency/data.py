@@ -252,7 +252,10 @@ def _all_present(path: Path, present: Collection[str]) -> None:
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
-    with reading(path, "write it again with numpy.savez"):
+    with (
+        reading(path, "write it again with numpy.savez"),
+        path.open("rb"),
+    ):  # is_zipfile says False of what it may not read
         if not zipfile.is_zipfile(path):  # numpy would take it for a pickle and propose to load it unsafely
             raise ValueError("no .npz archive, or only a part of one")
         with np.load(path, allow_pickle=False) as archive:

@@ -241,6 +241,12 @@ def reading(source: str | Path, remedy: str) -> Iterator[None]:
         yield
     except ArtSaliencyError:
         raise
+    except PermissionError as error:
+        source = error.filename or source  # of a data set in several files
+        expected = "a file that you may read"
+        raise CheckpointError(
+            str(_checks.refuse(f"{source}", "'Permission denied'", expected, "change its mode"))
+        ) from error
     except Exception as error:
         reason = " ".join(str(error).split()).split(". ")[0][:200].rstrip(".")
         got = f"nothing readable ({type(error).__name__}: {reason})"

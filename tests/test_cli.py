@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -172,6 +175,105 @@ def test_a_wrong_word_is_explained_in_one_sentence_and_leaves_nothing(kind, tmp_
     assert err.startswith(f"art-saliency {words[0]}: error: ")
     assert expected in err
     assert not list(tmp_path.iterdir()), "something was left behind"
+
+
+@pytest.fixture
+def closed(folder):
+    """A folder with a copy of the run, in which this process may not write, nor read the weights; also where it is root's."""
+    place = Path(tempfile.mkdtemp())
+    shutil.copytree(folder / "run", place / "run", ignore=shutil.ignore_patterns("evaluation.json"))
+    shutil.copy(folder / "few.npz", place / "few.npz")
+    for path, mode in (
+        (place / "few.npz", 0),
+        (place / "run" / "weights.pt", 0),
+        (place / "run", 0o555),
+        (place, 0o555),
+    ):
+        path.chmod(mode)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    yield place
+    if root:
+        os.seteuid(0)
+    for path in (place, place / "run"):
+        path.chmod(0o755)
+    shutil.rmtree(place)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="files have no such modes")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "pgd-at", "--eps", "0.1", "--out", "{}/new"],
+        ["train", "pgd-at", "--eps", "0.1", "--out", "{}/new/deep"],
+        ["compare", "--arms", "standard", "--out", "{}/new"],
+        ["quickstart", "--out", "{}/new"],
+        ["bench", "--out", "{}/bench.json"],
+        ["evaluate", "{}/run"],
+        ["evaluate", "{}/run", "--full", "--no-surrogates"],
+        ["explain", "{}/run", "--index", "0"],
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(closed, words, capsys):
+    assert main([word.format(closed) for word in words] + ["--quiet", "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert "where nothing can be written (Permission denied), expected a folder that can be written to" in err
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="files have no such modes")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "pgd-at", "--data", "{}/few.npz"], "few.npz: got 'Permission denied'"),
+        (["train", "pgd-at", "--weights", "{}/run/weights.pt"], "weights.pt: Permission denied"),
+        (["export", "{}/run", "--name", "Doe2026Saliency"], "weights.pt: Permission denied"),
+    ],
+)
+def test_a_file_that_may_not_be_read_is_not_called_damaged(closed, words, said, capsys):
+    with tempfile.TemporaryDirectory() as place:
+        own = ["--eps", "0.1", "--out", f"{place}/new"]
+        assert main([word.format(closed) for word in words] + [*own, "--quiet", "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    assert said in err
+
+
+@pytest.mark.parametrize("place", ["few.npz", "few.npz/new"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "pgd-at", "--eps", "0.1"],
+        ["compare", "--arms", "standard"],
+        ["quickstart"],
+        ["evaluate", "{0}/run", "{0}/twin"],
+    ],
+)
+def test_a_file_in_the_place_of_a_folder_is_refused_also_with_force(folder, words, place, capsys):
+    if "{0}/twin" in words and not (folder / "twin").exists():
+        shutil.copytree(folder / "run", folder / "twin")
+    given = [word.format(folder) for word in words]
+    before = (folder / "few.npz").read_bytes()
+    assert main([*given, "--out", str(folder / place), "--force", "--quiet", "--device", "cpu"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert re.search("which is (a file|no folder), expected a folder", err)
+    assert (folder / "few.npz").read_bytes() == before
+
+
+def test_a_disk_that_is_full_leaves_the_table_on_the_screen(folder, capsys, monkeypatch):
+    def full(path, tensors):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("art_saliency.files.write_tensors", full)
+    words = ["evaluate", str(folder / "run"), "--images", "2", "--device", "cpu", "--quiet", "--force"]
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert "AutoAttack (standard)" in out
+    assert err == f"art-saliency evaluate: error: {folder / 'run' / 'x_adv.pt'}: {os.strerror(errno.ENOSPC)}\n"
 
 
 @pytest.mark.parametrize(

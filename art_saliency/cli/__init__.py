@@ -53,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ArtSaliencyError as error:
         print(f"art-saliency {args.command}: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # of the system: a disk that is full, a file that may not be read
+        what = " ".join((error.strerror or str(error)).split())
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"art-saliency {args.command}: error: {where}{what}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"art-saliency {args.command}: interrupted", file=sys.stderr)
         return 130

@@ -236,7 +236,9 @@ def keep(results: Mapping[str, dict[str, Any]], out: Path) -> None:
 
 def finish(results: Mapping[str, dict[str, Any]], budget: Budget, out: Path) -> None:
     """Print the table of all arms, and write it as ``results.md`` and ``results.json``."""
+    from art_saliency.cli._common import shown_and_written
     from art_saliency.evaluation.table import markdown_table, percent
+    from art_saliency.files import write_file
 
     rows = [
         (
@@ -259,6 +261,9 @@ def finish(results: Mapping[str, dict[str, Any]], budget: Budget, out: Path) -> 
         f"{budget.threat.eps:g}, {budget.epochs} epochs, seed {budget.seed}. AutoAttack: version standard, by "
         f"{details['backend']} {details['backend_version']}. One pass is a forward-backward pass of standard training."
     )
-    (out / "results.md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
-    keep(results, out)
-    print(f"{table}\n\n{note}")
+
+    def write() -> None:
+        keep(results, out)
+        write_file(out / "results.md", lambda file: file.write(f"{table}\n\n{note}\n".encode()))
+
+    shown_and_written(f"{table}\n\n{note}", write)

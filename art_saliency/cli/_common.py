@@ -6,8 +6,10 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +25,13 @@ __all__ = [
     "pick_device",
     "read_settings",
     "say",
+    "shown_and_written",
     "threat_of_run",
+    "writable",
 ]
+
+
+_T = TypeVar("_T")
 
 
 def fraction(text: str) -> float:
@@ -91,6 +98,29 @@ def own_device(name: str) -> torch.device:
     return device if device.type == "cpu" else pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
 
 
+def writable(option: str, folder: Path) -> None:
+    """
+    Make sure, before any work, that files can be written into a folder, be it there yet or not. It is not made, and nothing is left.
+
+    :param option: That named it. :raises InputError: When a file is in its place, or nothing can be written there.
+    """
+    from art_saliency import _checks
+
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        where = str(folder) if place == folder.absolute() else f"{folder}, below {place}"
+        raise _checks.refuse(option, f"{where}, which is no folder", "a folder", "choose another")
+    try:
+        # Without a name, where the system can: other processes of the run may look whether the folder is empty.
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        got = f"{folder}, where nothing can be written ({error.strerror})"
+        raise _checks.refuse(option, got, "a folder that can be written to", "choose another") from error
+
+
 def threat_of_run(args: Any, page: dict[str, Any]) -> ThreatModel:
     """:return: What ``--eps`` and ``--norm`` say, where they say nothing the run's own (`page` is its ``run.json``)."""
     from art_saliency import _checks
@@ -119,6 +149,15 @@ def data_of_run(args: Any, page: dict[str, Any]) -> DataSet:
         raise _checks.refuse("data", got, "the same", "say so on purpose: --data " + known["spec"])
     found: DataSet = data  # a streamed set is used as one
     return found
+
+
+def shown_and_written(text: str, write: Callable[[], _T]) -> _T:
+    """Print what was found, and write it: a full disk leaves it on the screen, and a screen that is gone leaves it on the disk."""
+    try:
+        print(text)
+    finally:
+        written = write()
+    return written
 
 
 def say(args: Any, text: str) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from art_saliency.cli._common import add_run_options, fraction, pick_device
+from art_saliency.cli._common import add_run_options, fraction, pick_device, writable
 from art_saliency.cli._scaling import METHODS, counts, table
 
 if TYPE_CHECKING:
@@ -152,4 +152,5 @@ def _vacant(name: str, *, force: bool) -> Path:
         raise _checks.refuse("--out", f"{path}, which is there", "a new file", "choose another or add --force")
     if not path.parent.is_dir():
         raise _checks.refuse("--out", f"{path}, in a folder that is not there", "a folder that is", "make it first")
+    writable("--out", path.parent)
     return path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from art_saliency.cli._common import add_run_options, fraction, pick_device, say
+from art_saliency.cli._common import add_run_options, fraction, pick_device, say, writable
 
 _ARMS = (
     "standard,fgsm-rs,pgd-at,trades,mart,alp,adv-gsct,j-sigr@silu,aalp,"
@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     count = len(data.x_test)
     images = count if args.images is None else _checks.whole("--images", args.images, least=1, most=count)
     out = vacant_folder(args.out, force=args.force)
+    writable("--out", out)
     budget = Budget(
         data=data,
         spec={"spec": spec_of(args.data), "root": args.data_root},

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from art_saliency.cli._common import add_run_options, data_of_run, fraction, pick_device, say, threat_of_run
+from art_saliency.cli._common import (
+    add_run_options,
+    data_of_run,
+    fraction,
+    pick_device,
+    say,
+    shown_and_written,
+    threat_of_run,
+    writable,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -74,11 +83,13 @@ def run(args: argparse.Namespace) -> int:
         raise _checks.refuse("DIR", "the same run twice", "different runs")
     for folder in folders:  # all that can be refused is, before any of them is worked on
         threat_of_run(args, read_run(folder))
-        _vacant(folder / ("report" if args.full else "evaluation.json"), args.force)
+        _vacant("DIR", folder / ("report" if args.full else "evaluation.json"), folder=args.full, force=args.force)
+        writable("DIR", folder)
     out = None
     if len(folders) > 1:
         out = Path(args.out or "comparison")
-        _vacant(out, args.force)
+        _vacant("--out", out, folder=True, force=args.force)
+        writable("--out", out)
     device = pick_device(args.device)
     pages = {}
     for name, folder in zip(_names(folders), folders, strict=True):
@@ -88,12 +99,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _vacant(target: Path, force: bool) -> None:
+def _vacant(option: str, target: Path, *, folder: bool, force: bool) -> None:
+    """Refuse what would be replaced without a word, and what cannot be replaced: a file by a folder, or the reverse."""
     from art_saliency import _checks
 
+    if target.exists() and target.is_dir() != folder:
+        got, expected = ("file", "folder") if folder else ("folder", "file")
+        raise _checks.refuse(option, f"{target}, which is a {got}", f"a {expected}", "move it away")
     if target.exists() and not force:
-        what = "a run without an evaluation" if target.name == "evaluation.json" else "a new folder"
-        raise _checks.refuse("DIR", f"{target}, which is there already", what, "add --force")
+        what = "a new folder" if folder else "a run without an evaluation"
+        raise _checks.refuse(option, f"{target}, which is there already", what, "add --force")
 
 
 def _names(folders: list[Path]) -> list[str]:
@@ -152,11 +167,13 @@ def _short(args: argparse.Namespace, of: _Subject) -> dict[str, Any]:
     images = {"x_adv": summary.autoattack.x_adv}
     result["x_adv_sha256"] = sha256_of_tensors(images)
     target = of.folder / "evaluation.json"
-    write_tensors(of.folder / "x_adv.pt", images)
-    write_file(target, lambda file: file.write(json.dumps(result, indent=1).encode()))
-    _print_table(result, of.page["method"], args.version)
-    for warning in [*summary.autoattack.deviations, *summary.autoattack.warnings]:
-        print(f"AutoAttack: {warning}")
+    notes = [f"AutoAttack: {note}" for note in (*summary.autoattack.deviations, *summary.autoattack.warnings)]
+
+    def write() -> None:
+        write_tensors(of.folder / "x_adv.pt", images)
+        write_file(target, lambda file: file.write(json.dumps(result, indent=1).encode()))
+
+    shown_and_written("\n".join([_table(result, of.page["method"], args.version), *notes]), write)
     print(f"Written to {target}")
     return result
 
@@ -186,10 +203,12 @@ def _full(args: argparse.Namespace, of: _Subject) -> dict[str, Any]:
         state_dir=kept / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16],
         progress=not args.quiet,
     )
-    target = report.write(of.folder / "report", force=args.force)
+    verdict = f"Audit: {report.audit.verdict}" + "".join(f"\n  {reason}" for reason in report.audit.reasons)
+    target = shown_and_written(
+        f"{_table(report.page, of.page['method'], args.version)}\n{verdict}",
+        lambda: report.write(of.folder / "report", force=args.force),
+    )
     shutil.rmtree(kept, ignore_errors=True)  # it was for an interrupted report
-    _print_table(report.page, of.page["method"], args.version)
-    print(f"Audit: {report.audit.verdict}" + "".join(f"\n  {reason}" for reason in report.audit.reasons))
     print(f"Written to {target}: report.md, report.json, figures")
     return report.page
 
@@ -208,7 +227,7 @@ def _surrogates(args: argparse.Namespace, of: _Subject) -> dict[str, nn.Module]:
     return train_surrogates(of.page, of.data, seed=args.seed, device=device, threat=of.threat, quiet=args.quiet)
 
 
-def _print_table(page: dict[str, Any], method: str, version: str) -> None:
+def _table(page: dict[str, Any], method: str, version: str) -> str:
     from art_saliency.evaluation.report_text import interval
     from art_saliency.evaluation.table import markdown_table, percent
 
@@ -220,15 +239,13 @@ def _print_table(page: dict[str, Any], method: str, version: str) -> None:
         )
         for key, words in _MEASURES.items()
     ]
-    print(markdown_table((f"{method}, {page['images']} images", "accuracy %", "95 % interval"), rows))
+    return markdown_table((f"{method}, {page['images']} images", "accuracy %", "95 % interval"), rows)
 
 
 def _compare(pages: dict[str, dict[str, Any]], out: Path) -> None:
     """Print and write one table of all runs, and draw one figure."""
-    from art_saliency.evaluation.figures_report import accuracy_curve, side_by_side
     from art_saliency.evaluation.report_text import interval
     from art_saliency.evaluation.table import markdown_table, percent
-    from art_saliency.files import write_file
 
     full = all("audit" in page for page in pages.values())
     header = ["run", "method", *(f"{words} %" for words in _MEASURES.values()), "95 % interval", "images"]
@@ -239,6 +256,14 @@ def _compare(pages: dict[str, dict[str, Any]], out: Path) -> None:
         more = (page["audit"]["verdict"],) if full else ()
         rows.append((name, method, *shares, interval(page["autoattack"]), page["images"], *more))
     table = markdown_table([*header, "audit"] if full else header, rows, left=2)
+    shown_and_written(f"\n{table}\n", lambda: _write_comparison(pages, table, out, full=full))
+    print(f"Written to {out}: comparison.md, comparison.json, comparison.png")
+
+
+def _write_comparison(pages: dict[str, dict[str, Any]], table: str, out: Path, *, full: bool) -> None:
+    from art_saliency.evaluation.figures_report import accuracy_curve, side_by_side
+    from art_saliency.files import write_file
+
     out.mkdir(parents=True, exist_ok=True)
     side_by_side(
         pages,
@@ -256,4 +281,3 @@ def _compare(pages: dict[str, dict[str, Any]], out: Path) -> None:
         )
     write_file(out / "comparison.md", lambda file: file.write(f"{table}\n\n![comparison](comparison.png)\n".encode()))
     write_file(out / "comparison.json", lambda file: file.write(json.dumps(pages, indent=1).encode()))
-    print(f"\n{table}\n\nWritten to {out}: comparison.md, comparison.json, comparison.png")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from art_saliency.cli._common import add_run_options, data_of_run, fraction, pick_device, say, threat_of_run
+from art_saliency.cli._common import add_run_options, data_of_run, fraction, pick_device, say, threat_of_run, writable
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +72,7 @@ def _vacant(out: str | None, folder: str, force: bool) -> Path:
         raise _checks.refuse("--out", f"{target}, which is a folder", "a file")
     if target.exists() and not force:
         raise _checks.refuse("--out", f"{target}, which is there already", "a new file", "add --force")
+    writable("--out", target.parent)
     return target
 
 

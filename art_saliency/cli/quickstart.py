@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from art_saliency.cli._common import add_run_options, fraction, pick_device, say
+from art_saliency.cli._common import add_run_options, fraction, pick_device, say, writable
 
 _METHODS = ("standard", "pgd-at", "adv-gsct")
 
@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     _checks.whole("--seed", args.seed)
     device = pick_device(args.device)
     out = vacant_folder(args.out, force=args.force)
+    writable("--out", out)
     data = load_data("digits")
     budget = Budget(
         data=data,

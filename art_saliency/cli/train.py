@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from art_saliency.cli._common import add_run_options, own_device, pick_device, read_settings, say
+from art_saliency.cli._common import add_run_options, own_device, pick_device, read_settings, say, writable
 from art_saliency.cli._launch import on_ranks
 from art_saliency.cli._stream import device_augmentation, held_out, training_data, way_to_fit
 from art_saliency.cli._train_options import (
@@ -101,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
     augment = device_augmentation(args.augment)
     cadence(args.checkpoint_every)
     folder = _folder(args)
+    if rank == 0:  # the others write nothing
+        writable("--out", folder)
 
     data = training_data(args)
     network = _network(args, data)
@@ -243,13 +245,13 @@ def _classifier(args: argparse.Namespace, network: dict[str, Any], device: torch
     import torch
 
     from art_saliency.networks import build_network
-    from art_saliency.trainers.runs import make_classifier
+    from art_saliency.trainers.runs import make_classifier, readable
     from art_saliency.trainers.surrogates import load_weights
 
     torch.manual_seed(args.seed)
     model = build_network(**network)
     if args.weights:
-        load_weights(model, args.weights)
+        load_weights(model, str(readable(Path(args.weights))))
     return make_classifier(
         model,
         input_shape=network["input_shape"],

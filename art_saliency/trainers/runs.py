@@ -136,6 +136,14 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     return page
 
 
+def readable(path: Path) -> Path:
+    """:return: The path, of a file that may be read or of none. :raises OSError: Where it may not: it is not damaged."""
+    if path.is_file():
+        with path.open("rb"):
+            pass
+    return path
+
+
 def load(folder: str | Path, *, device: torch.device | str = "cpu") -> PyTorchClassifier:
     """
     Give a trained run back as an ART classifier in eval mode, ready for attacks; give it an optimizer to train on.
@@ -146,7 +154,7 @@ def load(folder: str | Path, *, device: torch.device | str = "cpu") -> PyTorchCl
     :raises CheckpointError: When a file is missing, damaged, or not the one that ``run.json`` names.
     """
     page = read_run(folder)
-    weights = read_tensors(Path(folder) / "weights.pt")
+    weights = read_tensors(readable(Path(folder) / "weights.pt"))
     if sha256_of_tensors(weights) != page["weights_sha256"]:
         raise CheckpointError(
             f"{folder}: weights.pt is not the file that run.json names (its hash differs); copy both again"
