@@ -68,6 +68,15 @@ def test_evaluate_measures_with_autoattack_and_refuses_to_replace(folder, capsys
     assert "add --force" in capsys.readouterr().err
 
 
+def test_a_folder_that_is_called_like_a_data_set_is_not_taken_for_it(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = spell("train", "standard", **ONE_EPOCH, data="digits", width=4, out="digits", quiet=True, device="cpu")
+    assert main(words) == 0
+    page = json.loads(Path("digits/run.json").read_text())
+    assert page["data"]["spec"] == "digits"
+    assert main(["evaluate", "digits", "--images", "2", "--quiet", "--device", "cpu"]) == 0
+
+
 OWN = """
 from torch import nn
 

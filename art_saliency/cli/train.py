@@ -155,7 +155,7 @@ def _recipe(args: argparse.Namespace, parameters: dict[str, Any], classifier: Py
         deterministic=args.deterministic,
         channels_last=args.channels_last,
         validation_split=args.validation_split,
-        weights=spec_of(args.weights) if args.weights else None,
+        weights=str(Path(args.weights).resolve()) if args.weights else None,
         selection=args.selection,
         patience=args.patience,
         validate_every=args.validate_every,
@@ -272,8 +272,10 @@ def _summary(record: dict[str, Any]) -> str:
 
 
 def spec_of(data: str) -> str:
-    """A file's or folder's absolute path, so that ``evaluate`` finds it from anywhere; a name as it is."""
-    return str(Path(data).resolve()) if Path(data).exists() else data
+    """A file's or folder's absolute path, so that ``evaluate`` finds it from anywhere; a name, which comes first, as it is."""
+    from art_saliency.data import NAMES
+
+    return data if data in NAMES else str(Path(data).expanduser().resolve())
 
 
 def _optimizer(model: Any, args: argparse.Namespace, network: str) -> Any:
