@@ -372,7 +372,8 @@ def test_the_command_prints_one_table_and_writes_everything(tmp_path, capsys):
     ("words", "said"),
     [
         (["--methods", "pdg-at"], "arm: got 'pdg-at'"),
-        (["--methods", "pgd-at,pgd-at"], "methods: got pgd-at, pgd-at, expected at least one, each once"),
+        (["--methods", "pgd-at,pgd-at"], "--methods: got 'pgd-at' twice, expected every arm once"),
+        (["--methods", "pgd-at:eps=0.1"], "--methods: got 'eps=0.1', expected no eps here; use --eps"),
         (["--input-shape", "32"], "--input-shape: got '32', expected C,H,W"),
         (["--rounds", "0"], "rounds: got 0"),
         (["--steps", "0"], "steps: got 0"),

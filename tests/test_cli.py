@@ -158,6 +158,15 @@ WRONG = {
         ["train", "fsr", "--eps", "0.1", "--set", "aux_warmup=1", "--out", "OUT"],
         "did you mean 'aux_warmup_share'",
     ),
+    "own eps": (
+        ["train", "pgd-at", "--eps", "0.1", "--set", "eps=0.3", "--out", "OUT"],
+        "--set: got 'eps=0.3', expected no eps here; use --eps",
+    ),
+    "own norm": (
+        ["compare", "--arms", "standard,pgd-at:norm=L2", "--out", "OUT"],
+        "--arms: got 'norm=L2', expected no",
+    ),
+    "arm twice": (["compare", "--arms", "standard, standard", "--out", "OUT"], "--arms: got 'standard' twice"),
     "pair": (["train", "pgd-at", "--eps", "0.1", "--set", "rho", "--out", "OUT"], "NAME=VALUE"),
     "device": (["train", "pgd-at", "--eps", "0.1", "--device", "gpu", "--out", "OUT"], "auto, cpu, cuda or cuda:N"),
     "augment": (["train", "pgd-at", "--eps", "0.1", "--augment", "crp", "--out", "OUT"], "crop"),

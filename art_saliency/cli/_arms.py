@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from art_saliency.trainers.base import ObjectiveTrainer
     from art_saliency.trainers.surrogates import Recipe
 
-__all__ = ["Arm", "Budget", "Trained", "cost_of", "finish", "keep", "parse_arm", "run_arm", "train_arm"]
+__all__ = ["Arm", "Budget", "Trained", "cost_of", "finish", "keep", "parse_arm", "parse_arms", "run_arm", "train_arm"]
 
 _PICTURES = 8
 _OPTIONS = ("ema", "swa_from", "awp", "label_smoothing", "grad_clip", "precision", "channels_last")
@@ -78,8 +78,34 @@ class Trained:
     network: dict[str, Any]
 
 
-def parse_arm(text: str, *, options: tuple[str, ...] = _OPTIONS) -> Arm:
-    """:param options: Which options of the run may be named; all others are refused. :return: The arm of that name."""
+def parse_arms(option: str, text: str, **words: Any) -> list[Arm]:
+    """
+    Read several arms.
+
+    :param option: That named them. :param text: With commas. :param words: For :func:`parse_arm`. :return: The arms, each named once.
+    """
+    from art_saliency import _checks
+
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if names.count(name) > 1:
+            raise _checks.refuse(option, f"{name!r} twice", "every arm once")
+    return [parse_arm(name, option=option, **words) for name in names]
+
+
+def parse_arm(
+    text: str,
+    *,
+    option: str = "--arms",
+    options: tuple[str, ...] = _OPTIONS,
+    common: tuple[str, ...] = ("eps", "norm"),
+) -> Arm:
+    """
+    Read one arm.
+
+    :param option: That named it. :param options: Which options of the run may be named; all others are refused.
+    :param common: What all arms get alike, by options of their own; refused here. :return: The arm of that name.
+    """
     from art_saliency import _checks
     from art_saliency.architectures import ACTIVATIONS
     from art_saliency.cli._common import read_settings
@@ -89,7 +115,7 @@ def parse_arm(text: str, *, options: tuple[str, ...] = _OPTIONS) -> Arm:
 
     rest, at, activation = text.partition("@")
     method, *pairs = rest.split(":")
-    settings = read_settings("--arms", pairs)
+    settings = read_settings(option, pairs, common=common)
     network = {"activation": _checks.one_of("activation", activation, ACTIVATIONS)} if at else {}
     layer, plus, base = method.partition("+")
     trainer = _checks.one_of("arm", layer, ["fsr"]) if plus else _checks.one_of("arm", method, TRAINERS)
@@ -98,7 +124,7 @@ def parse_arm(text: str, *, options: tuple[str, ...] = _OPTIONS) -> Arm:
     chosen = {name: value for name, value in settings.items() if name in options and name not in own}
     parameters = {**fixed, **{name: value for name, value in settings.items() if name not in chosen}}
     TRAINERS[trainer].check_parameters({"eps": 0.1, **parameters})
-    RunOptions.checked("--arms", dict(chosen))
+    RunOptions.checked(option, dict(chosen))
     return Arm(text, method, trainer, parameters, network, chosen)
 
 

@@ -43,8 +43,12 @@ def fraction(text: str) -> float:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a number such as 0.3 or 8/255") from None
 
 
-def read_settings(option: str, pairs: Sequence[str]) -> dict[str, Any]:
-    """Read ``NAME=VALUE``: JSON where it is JSON, a fraction where it is one, else a word. :return: By name."""
+def read_settings(option: str, pairs: Sequence[str], *, common: Sequence[str] = ("eps", "norm")) -> dict[str, Any]:
+    """
+    Read ``NAME=VALUE``: JSON where it is JSON, a fraction where it is one, else a word.
+
+    :param common: Names that have an option of their own, which all that is announced goes by; they are refused. :return: By name.
+    """
     from art_saliency import _checks
 
     settings: dict[str, Any] = {}
@@ -52,6 +56,8 @@ def read_settings(option: str, pairs: Sequence[str]) -> dict[str, Any]:
         name, equals, text = pair.partition("=")
         if not equals or not name:
             raise _checks.refuse(option, repr(pair), "NAME=VALUE, such as rho=0.2")
+        if name in common:
+            raise _checks.refuse(option, repr(pair), f"no {name} here", f"use --{name}")
         try:
             settings[name] = json.loads(text)
         except ValueError:

@@ -22,7 +22,7 @@ def counts(methods: str, *, network: str, side: int, eps: float, max_iter: int) 
     """
     import torch
 
-    from art_saliency.cli._arms import parse_arm
+    from art_saliency.cli._arms import parse_arms
     from art_saliency.networks import build_network
     from art_saliency.trainers.methods import TRAINERS
     from art_saliency.trainers.runs import make_classifier
@@ -32,7 +32,7 @@ def counts(methods: str, *, network: str, side: int, eps: float, max_iter: int) 
     torch.manual_seed(0)
     plain = build_network(network, num_classes=1000, input_shape=shape)
     found = {}
-    for arm in (parse_arm(word.strip(), options=()) for word in methods.split(",")):
+    for arm in parse_arms("--methods", methods, options=(), common=()):
         model = copy.deepcopy(plain)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         classifier = make_classifier(model, input_shape=shape, num_classes=1000, optimizer=optimizer)

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
     from tqdm.auto import tqdm
 
-    from art_saliency.cli._arms import parse_arm
+    from art_saliency.cli._arms import parse_arms
     from art_saliency.files import write_file
     from art_saliency.trainers.benchmark import Entry, Setting, benchmark
 
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         found = counts(methods, network="torchvision:resnet50", side=64, eps=4 / 255, max_iter=args.max_iter)
         print(table(found))
         return 0
-    arms = [parse_arm(arm.strip(), options=()) for arm in args.methods.split(",")]
+    arms = parse_arms("--methods", args.methods, options=(), common=("eps",))
     setting = Setting(
         network={
             "name": args.network,

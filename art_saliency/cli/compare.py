@@ -50,14 +50,14 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do it. :return: 0."""
     from art_saliency import _checks
-    from art_saliency.cli._arms import Budget, finish, keep, parse_arm, run_arm
+    from art_saliency.cli._arms import Budget, finish, keep, parse_arms, run_arm
     from art_saliency.cli.train import spec_of
     from art_saliency.data import load_data
     from art_saliency.networks import default_network
     from art_saliency.threat import ThreatModel
     from art_saliency.trainers.runs import vacant_folder
 
-    arms = [parse_arm(arm.strip()) for arm in args.arms.split(",")]
+    arms = parse_arms("--arms", args.arms)
     threat = ThreatModel(args.norm, _checks.real("--eps", args.eps, above=0))
     _checks.whole("--epochs", args.epochs, least=1)
     _checks.whole("--batch-size", args.batch_size, least=1)
