@@ -174,7 +174,9 @@ def test_evaluate_full_writes_a_report_with_three_surrogates(runs, capsys, monke
         with pytest.raises(ZeroDivisionError):
             main([*words, "--force"])
     assert state.exists()
+    left = sorted(state.rglob("*"))
     assert main([*words, "--force", "--images", "14", "--no-surrogates"]) == 0, "of other images: a report of its own"
+    assert sorted(state.rglob("*")) == left, "what the interrupted report goes on from is still there"
 
 
 def test_several_runs_are_put_side_by_side(runs, capsys, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import shutil
@@ -183,9 +184,9 @@ def _full(args: argparse.Namespace, of: _Subject) -> dict[str, Any]:
     from art_saliency.trainers.surrogates import variants_of_run
 
     # An interrupted report goes on where it stopped; one of other images, weights or settings has a folder of its own.
-    kept = of.folder / "autoattack-state"
     settings = [of.page["weights_sha256"], of.data.fingerprint(), of.count, of.threat.norm, of.threat.eps]
     settings += [args.version, args.batch_size, args.seed]
+    kept = of.folder / "autoattack-state" / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     report = full_report(
         of.model,
         *of.images(),
@@ -200,7 +201,7 @@ def _full(args: argparse.Namespace, of: _Subject) -> dict[str, Any]:
         version=args.version,
         batch_size=args.batch_size,
         seed=args.seed,
-        state_dir=kept / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16],
+        state_dir=kept,
         progress=not args.quiet,
     )
     verdict = f"Audit: {report.audit.verdict}" + "".join(f"\n  {reason}" for reason in report.audit.reasons)
@@ -209,6 +210,8 @@ def _full(args: argparse.Namespace, of: _Subject) -> dict[str, Any]:
         lambda: report.write(of.folder / "report", force=args.force),
     )
     shutil.rmtree(kept, ignore_errors=True)  # it was for an interrupted report
+    with contextlib.suppress(OSError):  # where another one is kept beside it
+        kept.parent.rmdir()
     print(f"Written to {target}: report.md, report.json, figures")
     return report.page
 
