@@ -312,6 +312,19 @@ def test_a_run_that_is_there_is_not_overwritten(folder, capsys):
     assert (folder / "run" / "weights.pt").read_bytes() == before
 
 
+def test_new_weights_do_not_stand_beside_what_was_measured_of_the_old_ones(folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    for name in ("evaluation.json", "x_adv.pt", "explain.png", "notes.txt"):
+        (run / name).write_text("of the old weights")
+    for name in ("report", "autoattack-state"):
+        (run / name).mkdir(exist_ok=True)
+        (run / name / "file").touch()
+    words = spell("train", "standard", **ONE_EPOCH, data=folder / "few.npz", width=4, out=run, quiet=True, device="cpu")
+    assert main([*words, "--force"]) == 0
+    assert {path.name for path in run.iterdir()} == {"weights.pt", "run.json", "best.pt", "notes.txt"}
+
+
 def damage(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 

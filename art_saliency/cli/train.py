@@ -61,14 +61,14 @@ def add_parser(commands: Any) -> None:
 
 
 def _folder(args: argparse.Namespace) -> Path:
-    """:return: Where the run goes: a vacant folder, or with ``--resume`` one that holds nothing but a run that was not over."""
+    """:return: Where the run goes: a vacant folder, or with ``--resume`` one that holds nothing but runs, the last of them not over."""
     from art_saliency import _checks
-    from art_saliency.trainers.runs import vacant_folder
+    from art_saliency.trainers.runs import MEASURED, vacant_folder
 
     folder = Path(args.out)
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     # It may have been killed while it wrote its last files.
-    begun = _KEPT in names and all(name in _OWN or name.startswith(".") for name in names)
+    begun = _KEPT in names and all(name in (*_OWN, *MEASURED) or name.startswith(".") for name in names)
     if begun and args.resume:
         return folder
     if begun and not args.force:

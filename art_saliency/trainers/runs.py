@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,14 @@ from art_saliency.methods.fsr import FSRLayer, fsr_layers, insert_fsr
 from art_saliency.networks import art_device_type, build_network
 from art_saliency.training.records import History, versions
 
-__all__ = ["SCHEMA", "load", "make_classifier", "read_run", "save"]
+__all__ = ["MEASURED", "SCHEMA", "load", "make_classifier", "read_run", "save"]
 
 SCHEMA = 1
 """Of ``run.json``; raised when a reader of an older one would misread it."""
+
+
+MEASURED = ("evaluation.json", "x_adv.pt", "explain.png", "saliency.png", "report", "autoattack-state")
+"""What the command line writes into a run's folder of its weights; :func:`save` takes it away with them."""
 
 
 def make_classifier(
@@ -67,7 +72,8 @@ def save(
     :param method: The objective's name. :param settings: Its :meth:`~art_saliency.methods.base.Objective.config`.
     :param data: What it was trained on: name, fingerprint, and how it was split.
     :param history: Of the training. :param recipe: How it was trained, so that it can be repeated from another seed: a
-        :class:`~art_saliency.trainers.surrogates.Recipe` as JSON. :param force: Whether a run that is there may be replaced.
+        :class:`~art_saliency.trainers.surrogates.Recipe` as JSON. :param force: Whether a run that is there may be replaced, and
+        what was measured of it (:data:`MEASURED`) taken away.
     :return: The folder.
     :raises InputError: When a run is there already and `force` is false.
     """
@@ -88,9 +94,18 @@ def save(
         "versions": versions(),
         "history": {"meta": history.meta, "epochs": history.records},
     }
+    for name in MEASURED:  # of the weights that are replaced now
+        _remove(path / name)
     write_tensors(path / "weights.pt", weights)
     write_file(path / "run.json", lambda file: file.write(json.dumps(page, indent=1).encode()))
     return path
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def vacant_folder(folder: str | Path, *, force: bool) -> Path:
