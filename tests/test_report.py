@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from importlib.resources import files
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 from PIL import Image
 
 from art_saliency.cli import main
+from art_saliency.cli._side_by_side import compare
+from art_saliency.data import load_data
 from art_saliency.errors import CheckpointError, InputError
 from art_saliency.evaluation import report as module
 from art_saliency.evaluation.audit import AuditBudget
@@ -20,7 +23,7 @@ from art_saliency.evaluation.figures_report import loss_surface
 from art_saliency.evaluation.report import STEPS, full_report
 from art_saliency.networks import build_network
 from art_saliency.threat import ThreatModel
-from tests.helpers import plainly_trained, spell
+from tests.helpers import plainly_trained, spell, write_few_digits
 
 QUICK = AuditBudget(max_iter=4, restarts=1, long=1, noise_draws=2, square_queries=10)
 
@@ -185,12 +188,42 @@ def test_several_runs_are_put_side_by_side(runs, capsys, tmp_path):
     assert main([*words, "--out", str(out), "--force"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("| standard") == 3  # its own table, and name and method in the common one
+    assert shown.count("\n\ntest images of digits, Linf eps 0.1\n") == 2
+    assert "\n\ntest images of digits, Linf eps 0.1, AutoAttack version standard\n" in shown
     page = json.loads((out / "comparison.json").read_text())
     assert list(page) == ["standard", "fgsm-rs"]
+    page["fgsm-rs"]["autoattack_details"]["eps"] = 0.25
+    compare(page, tmp_path / "differing")
+    shown = (tmp_path / "differing" / "comparison.md").read_text()
+    assert [line.split("|")[3].strip() for line in shown.splitlines()[:4:2]] == ["threat model", "Linf eps 0.1"]
+    assert "| Linf eps 0.25 |" in shown
+    assert "\n\ntest images of digits, AutoAttack version standard\n" in shown
     with Image.open(out / "comparison.png") as image:
         assert min(image.size) > 300
     assert main([*words, "--out", str(out)]) == 2
     assert "add --force" in capsys.readouterr().err
+
+
+def test_all_runs_are_opened_before_the_first_is_worked_on(runs, capsys, tmp_path, monkeypatch):
+    """The second one's weights, its data, the images it has, and the surrogates."""
+    monkeypatch.setattr("art_saliency.evaluation.summary.summarise", lambda *_, **__: 1 / 0)
+    monkeypatch.chdir(tmp_path)
+    bad, small = tmp_path / "bad", tmp_path / "small"
+    for copied in (bad, small):
+        shutil.copytree(runs / "fgsm-rs", copied)
+    (bad / "weights.pt").write_bytes((bad / "weights.pt").read_bytes()[:1000])
+    page = json.loads((small / "run.json").read_text())
+    data = load_data(write_few_digits(tmp_path / "few.npz", 60, 10))
+    page["data"] = {"spec": str(tmp_path / "few.npz"), "fingerprint": data.fingerprint()}
+    (small / "run.json").write_text(json.dumps(page))
+    first = str(runs / "standard")
+    for words, said in (
+        ([first, str(bad)], "damaged"),
+        ([first, str(small), "--images", "12"], "--images: got 12, expected a whole number, 1 <= --images <= 10"),
+        ([first, "--full", "--surrogate", str(bad)], "damaged"),
+    ):
+        assert main(["evaluate", *words, "--force", "--device", "cpu", "--quiet"]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -202,12 +235,17 @@ def test_several_runs_are_put_side_by_side(runs, capsys, tmp_path):
         (["{standard}", "--images", "0"], "--images: got 0"),
         (["{standard}", "--eps", "2"], "eps: got 2"),
         (["{standard}", "--full", "--surrogate", "nowhere"], "nowhere: no run.json"),
-        (["{standard}", "--audit-images", "0"], "--audit-images: got 0"),
+        (["{standard}", "--full", "--audit-images", "0"], "--audit-images: got 0"),
+        (["{standard}", "--audit-images", "9"], "--audit-images: got 9, expected no such option without --full"),
+        (["{standard}", "--no-surrogates"], "--no-surrogates: got it, expected no such option without --full"),
+        (["{standard}", "--out", "x"], "--out: got 'x', expected no such option with one run"),
+        (["{standard}", "--full", "--corruptions", "nowhere"], "nowhere: no CORRUPTION.npy in it"),
     ],
 )
-def test_wrong_words_are_answered_in_one_sentence(runs, capsys, words, message, tmp_path):
+def test_wrong_words_are_answered_in_one_sentence(runs, capsys, monkeypatch, words, message, tmp_path):
     given = [word.format(standard=runs / "standard") for word in words]
     before = sorted(path.name for path in (runs / "standard").iterdir())
-    assert main(["evaluate", *given, "--force", "--device", "cpu", "--quiet", "--out", str(tmp_path / "out")]) == 2
+    monkeypatch.chdir(tmp_path)
+    assert main(["evaluate", *given, "--force", "--device", "cpu", "--quiet"]) == 2
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in (runs / "standard").iterdir()) == before

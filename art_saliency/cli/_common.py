@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,6 +24,7 @@ __all__ = [
     "own_device",
     "pick_device",
     "read_settings",
+    "refuse_unused",
     "say",
     "shown_and_written",
     "threat_of_run",
@@ -66,6 +67,21 @@ def read_settings(option: str, pairs: Sequence[str], *, common: Sequence[str] = 
             except argparse.ArgumentTypeError:
                 settings[name] = text
     return settings
+
+
+def refuse_unused(args: argparse.Namespace, names: Iterable[str], when: str) -> None:
+    """
+    Refuse options that were given and that nothing would look at.
+
+    :param args: With the parser's ``get_default`` as `default`. :param names: Of the options, as attributes. :param when: ``"without --full"``, say.
+    """
+    from art_saliency import _checks
+
+    for name in names:
+        given = getattr(args, name)
+        if given != args.default(name):
+            got = "it" if given is True else repr(given)
+            raise _checks.refuse(f"--{name.replace('_', '-')}", got, f"no such option {when}", "leave it out")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

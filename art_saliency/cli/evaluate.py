@@ -7,29 +7,29 @@ import contextlib
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from art_saliency.cli._common import (
     add_run_options,
-    data_of_run,
     fraction,
     pick_device,
+    refuse_unused,
     say,
     shown_and_written,
     threat_of_run,
     writable,
 )
+from art_saliency.cli._side_by_side import compare, table_of_run
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from torch import nn
 
-    from art_saliency.data import DataSet
-    from art_saliency.threat import ThreatModel
+    from art_saliency.cli._subjects import Subject
 
-_MEASURES = {"clean": "clean", "pgd20": "PGD-20", "autoattack": "AutoAttack"}
+_ONLY_FULL = ("surrogate", "no_surrogates", "audit_images", "corruptions")
 
 
 def add_parser(commands: Any) -> None:
@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "evaluate",
         help="measure trained networks with the real AutoAttack",
-        description="Evaluates a run's network on its test images: clean accuracy, PGD-20 and AutoAttack, with 95 %% intervals. "
+        description="Evaluates a run's network on its test images: clean accuracy, PGD-20 and AutoAttack, with 95 % intervals. "
         "With --full also a gradient-masking audit, transferred attacks, corruptions and saliency, as a report with figures. "
         "Several runs are put side by side in one table and one figure.",
         epilog="Examples:\n  art-saliency evaluate runs/digits\n  art-saliency evaluate runs/mnist --eps 0.2 --images 1000\n"
@@ -67,37 +67,58 @@ def add_parser(commands: Any) -> None:
     full.add_argument("--audit-images", type=int, default=200, help="images for the audit (default: %(default)s)")
     full.add_argument("--corruptions", metavar="FOLDER", help="arrays such as CIFAR-10-C's")
     add_run_options(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, default=parser.get_default)
 
 
 def run(args: argparse.Namespace) -> int:
     """Do it. :return: 0."""
-    from art_saliency import _checks
-    from art_saliency.trainers.runs import read_run
+    from art_saliency.cli._subjects import named_surrogates, opened
 
-    _checks.one_of("--version", args.version, ("standard", "plus", "rand"))
-    _checks.whole("--batch-size", args.batch_size, least=1)
-    _checks.whole("--audit-images", args.audit_images, least=1)
-    _checks.whole("--seed", args.seed)
-    folders = [Path(folder) for folder in args.folders]
-    if len({folder.resolve() for folder in folders}) < len(folders):
-        raise _checks.refuse("DIR", "the same run twice", "different runs")
-    for folder in folders:  # all that can be refused is, before any of them is worked on
-        threat_of_run(args, read_run(folder))
-        _vacant("DIR", folder / ("report" if args.full else "evaluation.json"), folder=args.full, force=args.force)
-        writable("DIR", folder)
+    folders = _checked(args)
     out = None
     if len(folders) > 1:
         out = Path(args.out or "comparison")
         _vacant("--out", out, folder=True, force=args.force)
         writable("--out", out)
     device = pick_device(args.device)
+    subjects = opened(args, dict(zip(_names(folders), folders, strict=True)), device)
+    measure = partial(_full, named=named_surrogates(args, subjects, device)) if args.full else _short
     pages = {}
-    for name, folder in zip(_names(folders), folders, strict=True):
-        pages[name] = _one(args, folder, device)
+    for name, of in subjects.items():
+        words = f"{of.count} test images, {of.threat.norm} eps {of.threat.eps:g}, {device}"
+        say(args, f"{of.page['method']} on {of.data.name}: {words}")
+        pages[name] = measure(args, of)
     if out is not None:
-        _compare(pages, out)
+        compare(pages, out)
     return 0
+
+
+def _checked(args: argparse.Namespace) -> list[Path]:
+    """:return: The folders of the runs; what is wrong with the words, or with the places that are written to, is refused."""
+    from art_saliency import _checks
+    from art_saliency.evaluation.corruption_arrays import open_corruption_arrays
+    from art_saliency.trainers.runs import read_run
+
+    _checks.one_of("--version", args.version, ("standard", "plus", "rand"))
+    _checks.whole("--batch-size", args.batch_size, least=1)
+    _checks.whole("--audit-images", args.audit_images, least=1)
+    _checks.whole("--seed", args.seed)
+    if not args.full:
+        refuse_unused(args, _ONLY_FULL, "without --full")
+    if args.surrogate:
+        refuse_unused(args, ["no_surrogates"], "beside --surrogate")
+    folders = [Path(folder) for folder in args.folders]
+    if len(folders) == 1:
+        refuse_unused(args, ["out"], "with one run, in whose folder all is written")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise _checks.refuse("DIR", "the same run twice", "different runs")
+    for folder in folders:
+        threat_of_run(args, read_run(folder))
+        _vacant("DIR", folder / ("report" if args.full else "evaluation.json"), folder=args.full, force=args.force)
+        writable("DIR", folder)
+    if args.corruptions is not None:
+        open_corruption_arrays(args.corruptions)
+    return folders
 
 
 def _vacant(option: str, target: Path, *, folder: bool, force: bool) -> None:
@@ -118,40 +139,7 @@ def _names(folders: list[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
-@dataclass(frozen=True, eq=False)
-class _Subject:
-    """One run and what it is measured on: the first `count` test images of the data."""
-
-    folder: Path
-    page: dict[str, Any]
-    model: nn.Module
-    data: DataSet
-    count: int
-    threat: ThreatModel
-
-    def images(self) -> tuple[Tensor, Tensor]:
-        return self.data.x_test[: self.count], self.data.y_test[: self.count]
-
-
-def _one(args: argparse.Namespace, folder: Path, device: torch.device) -> dict[str, Any]:
-    """Evaluate one run, write what was found, print its table. :return: The page that was written."""
-    from art_saliency import _checks
-    from art_saliency.trainers.runs import load, read_run
-
-    page = read_run(folder)
-    threat = threat_of_run(args, page)
-    model = load(folder, device=device).model
-    data = data_of_run(args, page)
-    shape = tuple(page["network"]["input_shape"])
-    if data.input_shape != shape:
-        raise _checks.refuse("--data", f"images of shape {data.input_shape}", f"{shape}, which the network takes")
-    most = len(data.x_test)
-    count = most if args.images is None else _checks.whole("--images", args.images, least=1, most=most)
-    say(args, f"{page['method']} on {data.name}: {count} test images, {threat.norm} eps {threat.eps:g}, {device}")
-    return (_full if args.full else _short)(args, _Subject(folder, page, model, data, count, threat))
-
-
-def _short(args: argparse.Namespace, of: _Subject) -> dict[str, Any]:
+def _short(args: argparse.Namespace, of: Subject) -> dict[str, Any]:
     from art_saliency.evaluation.summary import summarise
     from art_saliency.files import sha256_of_tensors, write_file, write_tensors
 
@@ -174,12 +162,12 @@ def _short(args: argparse.Namespace, of: _Subject) -> dict[str, Any]:
         write_tensors(of.folder / "x_adv.pt", images)
         write_file(target, lambda file: file.write(json.dumps(result, indent=1).encode()))
 
-    shown_and_written("\n".join([_table(result, of.page["method"], args.version), *notes]), write)
+    shown_and_written("\n".join([table_of_run(result, of.page["method"]), *notes]), write)
     print(f"Written to {target}")
     return result
 
 
-def _full(args: argparse.Namespace, of: _Subject) -> dict[str, Any]:
+def _full(args: argparse.Namespace, of: Subject, *, named: Mapping[str, nn.Module]) -> dict[str, Any]:
     from art_saliency.evaluation.report import full_report
     from art_saliency.trainers.surrogates import variants_of_run
 
@@ -194,7 +182,7 @@ def _full(args: argparse.Namespace, of: _Subject) -> dict[str, Any]:
         norm=of.threat.norm,
         name=of.page["method"],
         data_name=of.data.name,
-        surrogates=_surrogates(args, of),
+        surrogates=_surrogates(args, of, named),
         variants=variants_of_run(of.page),
         audit_images=args.audit_images,
         corruption_folder=args.corruptions,
@@ -206,7 +194,7 @@ def _full(args: argparse.Namespace, of: _Subject) -> dict[str, Any]:
     )
     verdict = f"Audit: {report.audit.verdict}" + "".join(f"\n  {reason}" for reason in report.audit.reasons)
     target = shown_and_written(
-        f"{_table(report.page, of.page['method'], args.version)}\n{verdict}",
+        f"{table_of_run(report.page, of.page['method'])}\n{verdict}",
         lambda: report.write(of.folder / "report", force=args.force),
     )
     shutil.rmtree(kept, ignore_errors=True)  # it was for an interrupted report
@@ -216,71 +204,12 @@ def _full(args: argparse.Namespace, of: _Subject) -> dict[str, Any]:
     return report.page
 
 
-def _surrogates(args: argparse.Namespace, of: _Subject) -> dict[str, nn.Module]:
+def _surrogates(args: argparse.Namespace, of: Subject, named: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
     """:return: The networks that were named, or three that are trained now."""
-    from art_saliency.trainers.runs import load
     from art_saliency.trainers.surrogates import train_surrogates
 
+    if named or args.no_surrogates:
+        return named
     device = next(of.model.parameters()).device
-    if args.no_surrogates:
-        return {}
-    if args.surrogate:
-        return {str(folder): load(folder, device=device).model for folder in args.surrogate}
     say(args, "training three networks for transferred attacks (--no-surrogates leaves them out)")
     return train_surrogates(of.page, of.data, seed=args.seed, device=device, threat=of.threat, quiet=args.quiet)
-
-
-def _table(page: dict[str, Any], method: str, version: str) -> str:
-    from art_saliency.evaluation.report_text import interval
-    from art_saliency.evaluation.table import markdown_table, percent
-
-    rows = [
-        (
-            f"AutoAttack ({version})" if key == "autoattack" else words,
-            percent(page[key]["accuracy"]),
-            interval(page[key]),
-        )
-        for key, words in _MEASURES.items()
-    ]
-    return markdown_table((f"{method}, {page['images']} images", "accuracy %", "95 % interval"), rows)
-
-
-def _compare(pages: dict[str, dict[str, Any]], out: Path) -> None:
-    """Print and write one table of all runs, and draw one figure."""
-    from art_saliency.evaluation.report_text import interval
-    from art_saliency.evaluation.table import markdown_table, percent
-
-    full = all("audit" in page for page in pages.values())
-    header = ["run", "method", *(f"{words} %" for words in _MEASURES.values()), "95 % interval", "images"]
-    rows: list[tuple[Any, ...]] = []
-    for name, page in pages.items():
-        method = page.get("run") or page["network"]
-        shares = (percent(page[key]["accuracy"]) for key in _MEASURES)
-        more = (page["audit"]["verdict"],) if full else ()
-        rows.append((name, method, *shares, interval(page["autoattack"]), page["images"], *more))
-    table = markdown_table([*header, "audit"] if full else header, rows, left=2)
-    shown_and_written(f"\n{table}\n", lambda: _write_comparison(pages, table, out, full=full))
-    print(f"Written to {out}: comparison.md, comparison.json, comparison.png")
-
-
-def _write_comparison(pages: dict[str, dict[str, Any]], table: str, out: Path, *, full: bool) -> None:
-    from art_saliency.evaluation.figures_report import accuracy_curve, side_by_side
-    from art_saliency.files import write_file
-
-    out.mkdir(parents=True, exist_ok=True)
-    side_by_side(
-        pages,
-        out / "comparison.png",
-        title=f"{len(pages)} networks, 95 % intervals",
-        measures=list(_MEASURES),
-        words=lambda key: _MEASURES[key],
-    )
-    if full:
-        curves = {
-            name: {float(eps): row for eps, row in page["accuracy_against_eps"].items()} for name, page in pages.items()
-        }
-        accuracy_curve(
-            curves, out / "accuracy_against_eps.png", title="Accuracy against the radius (PGD-50)", label="eps"
-        )
-    write_file(out / "comparison.md", lambda file: file.write(f"{table}\n\n![comparison](comparison.png)\n".encode()))
-    write_file(out / "comparison.json", lambda file: file.write(json.dumps(pages, indent=1).encode()))
