@@ -176,6 +176,15 @@ WRONG = {
     "arm's parameter": (["compare", "--arms", "adv-gsct:rhoo=0", "--out", "OUT"], "did you mean 'rho'"),
     "activation": (["compare", "--arms", "pgd-at@sillu", "--out", "OUT"], "did you mean 'silu'"),
     "layer": (["compare", "--arms", "fr+pgd-at", "--out", "OUT"], "expected one of 'fsr'"),
+    "arm's network": (
+        ["compare", "--arms", "standard", "--network", "resnet", "--out", "OUT"],
+        "did you mean 'resnet18'",
+    ),
+    "second arm's option": (
+        ["compare", "--arms", "standard,adv-gsct:precision=bf16-mixed", "--out", "OUT"],
+        "expected '32-true' for adv-gsct",
+    ),
+    "second arm's layer": (["compare", "--arms", "standard,fsr:target=layer9", "--out", "OUT"], "target: got 'layer9'"),
     "no run": (["evaluate", "nowhere"], "nowhere: no run.json"),
     "quickstart eps": (["quickstart", "--eps", "2", "--out", "OUT"], "--eps: got 2, expected 0 < --eps <= 1"),
     "quickstart epochs": (["quickstart", "--epochs", "0", "--out", "OUT"], "--epochs: got 0"),

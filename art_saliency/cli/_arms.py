@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,19 @@ if TYPE_CHECKING:
     from art_saliency.trainers.base import ObjectiveTrainer
     from art_saliency.trainers.surrogates import Recipe
 
-__all__ = ["Arm", "Budget", "Trained", "cost_of", "finish", "keep", "parse_arm", "parse_arms", "run_arm", "train_arm"]
+__all__ = [
+    "Arm",
+    "Budget",
+    "Trained",
+    "cost_of",
+    "finish",
+    "keep",
+    "parse_arm",
+    "parse_arms",
+    "run_arm",
+    "train_arm",
+    "try_arms",
+]
 
 _PICTURES = 8
 _OPTIONS = ("ema", "swa_from", "awp", "label_smoothing", "grad_clip", "precision", "channels_last")
@@ -188,6 +201,22 @@ def train_arm(
         **arm.options,
     )
     return Trained(trainer, recipe, network)
+
+
+def try_arms(arms: Sequence[Arm], budget: Budget) -> None:
+    """
+    Let every arm take a step of two images, so that what its network, method and options cannot do together is refused before any arm
+    is trained.
+    """
+    data = budget.data
+    chosen = (
+        data.x_train[:256].flatten(1).amax(1).topk(min(2, len(data.x_train))).indices
+    )  # black ones would be refused
+    few = replace(data, x_train=data.x_train[chosen], y_train=data.y_train[chosen])
+    for arm in arms:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is no training
+            train_arm(arm, replace(budget, data=few, epochs=1, quiet=True))
 
 
 def cost_of(trainer: ObjectiveTrainer, budget: Budget) -> dict[str, float]:

@@ -50,7 +50,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do it. :return: 0."""
     from art_saliency import _checks
-    from art_saliency.cli._arms import Budget, finish, keep, parse_arms, run_arm
+    from art_saliency.cli._arms import Budget, finish, keep, parse_arms, run_arm, try_arms
     from art_saliency.cli.train import spec_of
     from art_saliency.data import load_data
     from art_saliency.networks import default_network
@@ -88,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
         device=device,
         quiet=args.quiet,
     )
+    say(args, "a step of every arm, to see that all can be trained")
+    try_arms(arms, budget)
     results: dict[str, dict[str, Any]] = {}
     for number, arm in enumerate(arms, 1):
         say(args, f"[{number}/{len(arms)}] {arm.name}")
