@@ -260,7 +260,14 @@ def _read_npz(path: Path) -> dict[str, Any]:
             raise ValueError("no .npz archive, or only a part of one")
         with np.load(path, allow_pickle=False) as archive:
             _all_present(path, archive.files)
-            return {name: archive[name] for name in _ARRAYS}
+            return {name: _native(name, archive[name]) for name in _ARRAYS}
+
+
+def _native(name: str, array: Any) -> Any:
+    """:return: An array of an archive in this machine's byte order, the only one that torch knows."""
+    if not isinstance(array, np.ndarray):  # numpy gives the bytes of what is no .npy file
+        raise TypeError(f"{name} is no array")
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _read_npy(path: Path) -> dict[str, Any]:

@@ -185,6 +185,21 @@ WRONG = {
         "expected '32-true' for adv-gsct",
     ),
     "second arm's layer": (["compare", "--arms", "standard,fsr:target=layer9", "--out", "OUT"], "target: got 'layer9'"),
+    "share": (
+        ["train", "pgd-at", "--eps", "0.1", "--validation-split", "1", "--out", "OUT"],
+        "--validation-split: got 1,",
+    ),
+    "no share": (["train", "pgd-at", "--eps", "0.1", "--validation-split", "nan", "--out", "OUT"], "split: got nan"),
+    "rate": (["train", "pgd-at", "--eps", "0.1", "--lr", "1e300", "--out", "OUT"], "expected 0 < --lr <= 1000"),
+    "common rate": (["compare", "--arms", "standard", "--lr", "1e30", "--out", "OUT"], "expected 0 < --lr <= 1000"),
+    "decay": (
+        ["train", "pgd-at", "--eps", "0.1", "--weight-decay", "1e40", "--out", "OUT"],
+        "<= --weight-decay <= 1000",
+    ),
+    "train's seed": (["train", "pgd-at", "--eps", "0.1", "--seed", "4294967296", "--out", "OUT"], "got 4294967296"),
+    "compare's seed": (["compare", "--seed", "-1", "--out", "OUT"], "--seed: got -1"),
+    "export's seed": (["export", "nowhere", "--name", "Doe2026Saliency", "--seed", "-1"], "--seed: got -1"),
+    "bench's classes": (["bench", "--num-classes", "0"], "--num-classes: got 0, expected a whole number, 2 <="),
     "no run": (["evaluate", "nowhere"], "nowhere: no run.json"),
     "quickstart eps": (["quickstart", "--eps", "2", "--out", "OUT"], "--eps: got 2, expected 0 < --eps <= 1"),
     "quickstart epochs": (["quickstart", "--epochs", "0", "--out", "OUT"], "--epochs: got 0"),
@@ -338,6 +353,13 @@ def damage(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def other(part, value):
+    def change(path):
+        path.write_text(json.dumps({**json.loads(path.read_text()), part: value}))
+
+    return change
+
+
 def other_weights(path):
     state = torch.load(path, weights_only=True)
     torch.save({name: value + 1 for name, value in state.items()}, path)
@@ -351,6 +373,10 @@ def other_weights(path):
         ("weights.pt", lambda path: path.unlink(), "no such file"),
         ("run.json", damage, "damaged"),
         ("run.json", lambda path: path.write_text('{"schema": 99}'), "schema 99"),
+        ("run.json", other("network", {}), "got {} as network, expected an object with name, num_classes, input_shape"),
+        ("run.json", other("settings", None), "got null as settings, expected an object"),
+        ("run.json", other("data", {}), "--data: got nothing, expected data; the run does not say on which"),
+        ("run.json", other("data", {"spec": "/nowhere/few.npz"}), "--data or --data-root where the run's data are now"),
     ],
 )
 def test_a_damaged_run_is_refused(folder, tmp_path, name, change, words, capsys):
@@ -358,8 +384,10 @@ def test_a_damaged_run_is_refused(folder, tmp_path, name, change, words, capsys)
 
     shutil.copytree(folder / "run", tmp_path / "run")
     change(tmp_path / "run" / name)
-    assert main(["evaluate", str(tmp_path / "run"), "--force"]) == 2
-    assert words in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path / "run"), "--force", "--quiet"]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1, err
 
 
 def test_other_data_than_in_training_is_noticed(folder, tmp_path, capsys):

@@ -9,6 +9,7 @@ import struct
 import sys
 import tarfile
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -242,6 +243,12 @@ def test_arrays_mean_the_same_in_every_layout_label_form_and_container(tmp_path)
     assert _same(load_data(str(tmp_path / "small.npz")), reference)
 
 
+def test_the_order_of_bytes_does_not_matter(tmp_path):
+    content = {name: array.astype(np.float32) / 255 if name[0] == "x" else array for name, array in arrays().items()}
+    swapped = {name: array.astype(array.dtype.newbyteorder(">")) for name, array in content.items()}
+    assert _same(load_data(npz(tmp_path, "swapped.npz", **swapped)), load_data(npz(tmp_path, **content)))
+
+
 def test_images_without_a_channel_axis_get_one(tmp_path):
     content = arrays(shape=(8, 6))
     data = load_data(npz(tmp_path, **content))
@@ -348,6 +355,9 @@ def test_paths_that_are_no_data_set(tmp_path):
     (tmp_path / "text.npz").write_text("hello")
     np.savez(tmp_path / "objects.npz", **{**arrays(), "x_train": np.array([{}], dtype=object)})
     np.save(tmp_path / "one.npy", np.zeros(3))
+    with zipfile.ZipFile(tmp_path / "words.npz", "w") as archive:
+        for name in arrays():
+            archive.writestr(name, "no array")
     cases = [
         ("cifar", InputError, "data: got 'cifar'.*did you mean 'cifar10'"),
         (Path("digit"), InputError, "did you mean 'digits'"),
@@ -357,6 +367,7 @@ def test_paths_that_are_no_data_set(tmp_path):
         (tmp_path / "text.npz", CheckpointError, "text.npz: got nothing readable"),
         (tmp_path / "objects.npz", CheckpointError, "allow_pickle"),
         (tmp_path / "one.npy", CheckpointError, "no .npz archive"),
+        (tmp_path / "words.npz", CheckpointError, "x_train is no array"),
         (npy(tmp_path / "some", {"x_train": X, "labels": Y}), InputError, "got arrays labels, x_train, expected"),
     ]
     for spec, kind, message in cases:

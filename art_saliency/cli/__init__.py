@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from art_saliency._version import __version__
 from art_saliency.cli import bench, compare, evaluate, explain, export, methods, quickstart, train, verify
+from art_saliency.cli._common import check_seed
 from art_saliency.errors import ArtSaliencyError, TrainingInterrupted
 
 __all__ = ["main", "make_parser"]
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Where the user's own package.module:factory lies; last, so that it shadows nothing.
         sys.path.append(os.getcwd())
     try:
+        if "seed" in args:
+            check_seed(args.seed)
         return int(args.run(args))
     except TrainingInterrupted as error:
         print(f"art-saliency {args.command}: {error}", file=sys.stderr)

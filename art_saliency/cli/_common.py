@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "add_run_options",
+    "check_seed",
     "data_of_run",
     "fraction",
     "own_device",
@@ -93,6 +94,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--force", action="store_true", help="replace files that are there")
 
 
+def check_seed(seed: int) -> None:
+    """:raises InputError: When it is none that torch, NumPy and AutoAttack all take."""
+    from art_saliency import _checks
+
+    _checks.whole("--seed", seed, most=2**32 - 1)
+
+
 def pick_device(name: str) -> torch.device:
     """:return: The device of that name; one that is not there is refused."""
     import torch
@@ -157,16 +165,25 @@ def threat_of_run(args: Any, page: dict[str, Any]) -> ThreatModel:
 def data_of_run(args: Any, page: dict[str, Any]) -> DataSet:
     """:return: What ``--data`` names, else the run's own data, whose content must still be that of the training."""
     from art_saliency import _checks
+    from art_saliency.errors import CheckpointError, InputError
     from art_saliency.streaming import open_data
 
     known = page["data"]
-    data: Any = open_data(
-        args.data or known["spec"],
-        root=args.data_root or known.get("root"),
-        size=known.get("size"),
-        stream=args.data is None and known.get("streamed", False),
-    )
-    if args.data is None and data.fingerprint() != known["fingerprint"]:
+    own = args.data is None
+    if own and "spec" not in known:
+        raise _checks.refuse("--data", "nothing", "data", "the run does not say on which it was trained")
+    try:
+        data: Any = open_data(
+            known["spec"] if own else args.data,
+            root=args.data_root or known.get("root"),
+            size=known.get("size"),
+            stream=own and known.get("streamed", False),
+        )
+    except (CheckpointError, InputError) as error:
+        if not own:
+            raise
+        raise type(error)(f"{error}; or say with --data or --data-root where the run's data are now") from error
+    if own and "fingerprint" in known and data.fingerprint() != known["fingerprint"]:
         got = f"{known['spec']} with other content than in training"
         raise _checks.refuse("data", got, "the same", "say so on purpose: --data " + known["spec"])
     found: DataSet = data  # a streamed set is used as one

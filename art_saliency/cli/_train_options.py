@@ -10,6 +10,9 @@ from art_saliency.cli._stream import add_stream_options
 RECIPES = {"sgd": 0.1, "adam": 0.01}
 """The optimizers and their highest learning rates."""
 
+GREATEST = 1000.0
+"""Of learning rate and weight decay: far beyond it float32 overflows in the first step, and far below nothing is learned any more."""
+
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
     """What it trains on."""

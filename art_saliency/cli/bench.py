@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
     from tqdm.auto import tqdm
 
+    from art_saliency import _checks
     from art_saliency.cli._arms import parse_arms
     from art_saliency.files import write_file
     from art_saliency.trainers.benchmark import Entry, Setting, benchmark
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     setting = Setting(
         network={
             "name": args.network,
-            "num_classes": args.num_classes,
+            "num_classes": _checks.whole("--num-classes", args.num_classes, least=2),
             "input_shape": _shape(args.input_shape),
             "width": args.width,
         },

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from art_saliency.cli._common import add_run_options, fraction, pick_device, say, writable
+from art_saliency.cli._train_options import GREATEST
 
 _ARMS = (
     "standard,fgsm-rs,pgd-at,trades,mart,alp,adv-gsct,j-sigr@silu,aalp,"
@@ -61,8 +62,7 @@ def run(args: argparse.Namespace) -> int:
     threat = ThreatModel(args.norm, _checks.real("--eps", args.eps, above=0))
     _checks.whole("--epochs", args.epochs, least=1)
     _checks.whole("--batch-size", args.batch_size, least=1)
-    _checks.real("--lr", args.lr, above=0)
-    _checks.whole("--seed", args.seed)
+    _checks.real("--lr", args.lr, above=0, most=GREATEST)
     device = pick_device(args.device)
     data = load_data(args.data, root=args.data_root)
     count = len(data.x_test)

@@ -101,7 +101,6 @@ def run(args: argparse.Namespace) -> int:
     _checks.optional("matplotlib", "explain", "Drawing a figure")  # before the work, not after it
     page = read_run(args.folder)
     names = _names_of_maps(args.maps)
-    seed = _checks.whole("--seed", args.seed)
     target = _vacant(args.out, args.folder, args.force)
     threat = threat_of_run(args, page)
     device = pick_device(args.device)
@@ -111,8 +110,8 @@ def run(args: argparse.Namespace) -> int:
     y = _checks.labels(y, len(y), page["network"]["num_classes"])
     x, y = x.to(device), y.to(device)
     say(args, f"{page['method']} on {data.name}: PGD-20, {threat.norm} eps {threat.eps:g}, {device}")
-    x_adv = pgd(model, x, y, threat=threat, max_iter=20, random=RandomSource(seed, device))
-    known, maps = named_maps(seed), {}
+    x_adv = pgd(model, x, y, threat=threat, max_iter=20, random=RandomSource(args.seed, device))
+    known, maps = named_maps(args.seed), {}
     for name in names:
         say(args, f"  {name}")
         maps[name] = (known[name](model, x, y), known[name](model, x_adv, y))

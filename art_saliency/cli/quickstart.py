@@ -41,7 +41,6 @@ def run(args: argparse.Namespace) -> int:
 
     _checks.real("--eps", args.eps, above=0, most=1)
     _checks.whole("--epochs", args.epochs, least=1)
-    _checks.whole("--seed", args.seed)
     device = pick_device(args.device)
     out = vacant_folder(args.out, force=args.force)
     writable("--out", out)

@@ -12,6 +12,7 @@ from art_saliency.cli._common import add_run_options, own_device, pick_device, r
 from art_saliency.cli._launch import on_ranks
 from art_saliency.cli._stream import device_augmentation, held_out, training_data, way_to_fit
 from art_saliency.cli._train_options import (
+    GREATEST,
     RECIPES,
     add_data_options,
     add_method_options,
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     settings = {"eps": args.eps, "norm": args.norm, **read_settings("--set", args.set)}
     trainer_class.check_parameters(settings)  # refused before any data is read
     device = pick_device(args.device) if alone else own_device(args.device)
-    _checks.whole("--seed", args.seed)
+    _checks.real("--validation-split", args.validation_split, least=0, below=1)
     augment = device_augmentation(args.augment)
     cadence(args.checkpoint_every)
     folder = _folder(args)
@@ -284,11 +285,11 @@ def _optimizer(model: Any, args: argparse.Namespace, network: str) -> Any:
     from art_saliency import _checks
 
     kind = args.optimizer or ("adam" if network in ("small-cnn", "mnist-cnn") else "sgd")
-    lr = RECIPES[kind] if args.lr is None else _checks.real("--lr", args.lr, above=0)
+    lr = RECIPES[kind] if args.lr is None else _checks.real("--lr", args.lr, above=0, most=GREATEST)
     decay = (
         (0.0 if kind == "adam" else 5e-4)
         if args.weight_decay is None
-        else _checks.real("--weight-decay", args.weight_decay, least=0)
+        else _checks.real("--weight-decay", args.weight_decay, least=0, most=GREATEST)
     )
     if kind == "adam":
         return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=decay)

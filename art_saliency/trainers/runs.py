@@ -148,6 +148,12 @@ def read_run(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: got schema {schema} without {sorted(missing)}, expected schema {SCHEMA}; use the version that wrote it"
         )
+    for part, needed in {"settings": (), "data": (), "network": ("name", "num_classes", "input_shape")}.items():
+        if not isinstance(page[part], dict) or not set(needed) <= set(page[part]):
+            expected = f"an object with {', '.join(needed)}" if needed else "an object"
+            raise CheckpointError(
+                f"{path}: got {json.dumps(page[part])[:60]} as {part}, expected {expected}; copy it again, or train again"
+            )
     return page
 
 
