@@ -318,6 +318,27 @@ def test_a_disk_that_is_full_leaves_the_table_on_the_screen(folder, capsys, monk
     assert err == f"art-saliency evaluate: error: {folder / 'run' / 'x_adv.pt'}: {os.strerror(errno.ENOSPC)}\n"
 
 
+def piped(words, *, unbuffered=""):
+    """Exit code and stderr of a command whose output nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open(writer, "wb") as nobody:
+        command = [sys.executable, "-m", "art_saliency", *words]
+        done = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, text=True, env=environment)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes break in another way")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_gone_is_no_error_and_costs_nothing(folder, tmp_path, unbuffered):
+    assert piped(["methods"], unbuffered=unbuffered) == (141, "")
+    shutil.copytree(folder / "run", tmp_path / "run", ignore=shutil.ignore_patterns("evaluation.json"))
+    words = ["evaluate", str(tmp_path / "run"), "--images", "2", "--quiet", "--device", "cpu"]
+    assert piped(words, unbuffered=unbuffered) == (141, "")
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["images"] == 2
+
+
 @pytest.mark.parametrize(
     "words",
     [["trian"], ["train"], ["train", "pgd-at"], ["train", "pgd-at", "--eps", "x", "--out", "a"], ["train", "--hlep"]],

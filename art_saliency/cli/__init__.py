@@ -39,8 +39,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     Run a command.
 
     :param argv: The words after ``art-saliency``; ``None`` takes the process's own.
-    :return: 0, 2 for an error that was explained, 130 when interrupted, 143 when a training was terminated and kept.
+    :return: 0, 2 for an error that was explained, 130 when interrupted, 141 when nobody reads what is printed any more, 143 when a
+        training was terminated and kept.
     """
+    try:
+        try:
+            return _run(argv)
+        finally:
+            print(end="", flush=True)
+    except OSError as error:  # what is printed cannot be
+        broken, nowhere = isinstance(error, BrokenPipeError), os.open(os.devnull, os.O_WRONLY)
+        if not broken:
+            print(f"art-saliency: error: standard output: {error.strerror}", file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):  # else Python would complain when it flushes them at its end
+            os.dup2(nowhere, stream.fileno())
+        return 141 if broken else 2
+
+
+def _run(argv: Sequence[str] | None) -> int:
     args = make_parser().parse_args(argv)
     args.words = sys.argv[1:] if argv is None else list(argv)
     if args.own_code and os.getcwd() not in sys.path:
@@ -56,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ArtSaliencyError as error:
         print(f"art-saliency {args.command}: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except OSError as error:  # of the system: a disk that is full, a file that may not be read
         what = " ".join((error.strerror or str(error)).split())
         where = "" if error.filename is None else f"{error.filename}: "
