@@ -385,6 +385,8 @@ def test_the_command_prints_one_table_and_writes_everything(tmp_path, capsys):
         (["--device", "tpu"], "--device: got 'tpu'"),
         (["--out", "nowhere/bench.json"], "in a folder that is not there"),
         (["--out", "."], "which is there"),
+        (["--scaling", "--out", "table.json"], "--out: got 'table.json', expected no such option with --scaling"),
+        (["--scaling", "--input-shape", "1,8,8"], "--input-shape: got '1,8,8', expected no such option with --scaling"),
     ],
 )
 def test_a_wrong_word_is_explained(words, said, capsys):

@@ -6,13 +6,26 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from art_saliency.cli._common import add_run_options, fraction, pick_device, writable
+from art_saliency.cli._common import add_run_options, fraction, pick_device, refuse_unused, writable
 from art_saliency.cli._scaling import METHODS, counts, table
 
 if TYPE_CHECKING:
     from art_saliency.trainers.benchmark import Benchmark
 
 _METHODS = "standard,fgsm-rs,pgd-at,trades,mart,alp,adv-gsct,j-sigr@silu,aalp,fsr+pgd-at"
+
+_ONLY_MEASURED = (
+    "network",
+    "width",
+    "input_shape",
+    "num_classes",
+    "eps",
+    "batch_size",
+    "steps",
+    "rounds",
+    "precision",
+    "out",
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -52,7 +65,7 @@ def add_parser(commands: Any) -> None:
         "cost in GPU-hours, on paper",
     )
     add_run_options(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, default=parser.get_default)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     from art_saliency.trainers.benchmark import Entry, Setting, benchmark
 
     if args.scaling:
+        refuse_unused(args, _ONLY_MEASURED, "with --scaling")
         methods = METHODS if args.methods == _METHODS else args.methods
         found = counts(methods, network="torchvision:resnet50", side=64, eps=4 / 255, max_iter=args.max_iter)
         print(table(found))
