@@ -80,7 +80,7 @@ def files_loader(
     :param places: Of the images that are shown. :param shuffle: Whether in a new random order every epoch.
     :param drop_last: Whether an incomplete last batch is left out.
     """
-    return DataLoader(
+    return _Loader(
         files,
         batch_size=batch_size,
         sampler=_SeededOrder(places, shuffle, seed),
@@ -90,6 +90,20 @@ def files_loader(
         worker_init_fn=_undisturbed,
         generator=torch.Generator(),  # its own, or every epoch would move torch's global one
     )
+
+
+class _Loader(DataLoader[Any]):
+    """Whose workers' errors read as if there were no workers: torch puts the worker's traceback into the message."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except ArtSaliencyError as error:
+            if not self.num_workers:
+                raise
+            # The last line of a traceback: the class, a colon, and what the error said, which is one line.
+            said = str(error).rstrip().splitlines()[-1].partition(": ")[2]
+            raise type(error)(said) from None
 
 
 def _undisturbed(_: int) -> None:

@@ -20,7 +20,7 @@ import art_saliency.streaming as streaming
 from art_saliency import load
 from art_saliency.cli import main
 from art_saliency.data import DataSet, load_data
-from art_saliency.errors import ArtSaliencyError, InputError
+from art_saliency.errors import ArtSaliencyError, CheckpointError, InputError
 from art_saliency.streaming import StreamedSet, open_data, split_augmentation
 from art_saliency.trainers._timing import growth_of
 from art_saliency.trainers.methods import StandardTrainer
@@ -129,6 +129,16 @@ def test_ranks_decode_their_own_rows_of_the_same_batches(folder, batch_size, siz
         assert not x1[:half].any()
         assert torch.equal(y0, y)
         assert torch.equal(y1, y)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_cannot_be_read_is_named_in_one_line_whoever_decodes_it(folder, workers):
+    bad = folder / "train" / "class 1" / "é 4.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    loader = StreamedSet(folder, size=8).training_loader(batch_size=4, seed=0, num_workers=workers)
+    with pytest.raises(CheckpointError) as caught:
+        list(loader)
+    assert re.fullmatch(rf"{re.escape(str(bad))}: got nothing readable \(.*\), expected [^\n]*", str(caught.value))
 
 
 def test_the_fingerprint_moves_with_names_lengths_and_the_size_alone(folder):
