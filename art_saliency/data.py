@@ -218,7 +218,11 @@ def _torchvision(name: str, root: Path, download: bool) -> DataSet:
     arrays: dict[str, Any] = {}
     for part in ("train", "test"):
         which = {"split": part} if name == "svhn" else {"train": part == "train"}
-        remedy = "look at the connection" if download else f"say download=True to fetch {name}, or root= to find it"
+        remedy = (
+            "look at the connection"
+            if download
+            else f"say download=True (--download) to fetch {name}, or root= (--data-root) to find it"
+        )
         with reading(root, remedy):
             source = make(root, download=download, **which)
             labels = source.labels if name == "svhn" else source.targets
@@ -320,7 +324,9 @@ def _channels_first(name: str, x: Tensor, layout: str | None) -> Tensor:
         known = layout or "(N, H, W), (N, H, W, C) or (N, C, H, W)"
         raise _checks.refuse(name, f"shape {shape}", f"{known} with 1 or 3 channels", "reshape it to images")
     if len(fitting) == 2:
-        raise _checks.refuse(name, f"shape {shape}", "1 or 3 channels on one side only", "say layout='NCHW' or 'NHWC'")
+        raise _checks.refuse(
+            name, f"shape {shape}", "1 or 3 channels on one side only", "in Python say layout='NCHW' or 'NHWC'"
+        )
     return x if fitting == ["NCHW"] else x.permute(0, 3, 1, 2)
 
 
@@ -336,10 +342,12 @@ def _class_count(y: Any) -> int:
     finite = labels[torch.isfinite(labels)]  # what is not finite, or is no index, is refused with the other labels
     least, most = (int(finite.min()), int(finite.max())) if finite.numel() else (0, 0)
     if least > 0:
-        remedy = f"subtract {least}, or say num_classes={most + 1} if the classes below have no image"
+        remedy = f"subtract {least}, or in Python say num_classes={most + 1} if the classes below have no image"
         raise _checks.refuse("y_train", f"labels from {least} to {most}", "labels that begin at 0", remedy)
     if most < 1:
-        raise _checks.refuse("y_train", "one class", "at least 2 classes", "say num_classes if others have no image")
+        raise _checks.refuse(
+            "y_train", "one class", "at least 2 classes", "in Python say num_classes if others have no image"
+        )
     return most + 1
 
 
@@ -367,6 +375,6 @@ def _decoded_all(images: Any) -> Any:
         image = images[place][0]
         if image.shape != first.shape:
             got, expected = (f"{each.shape[1]}x{each.shape[2]} pixels" for each in (image, first))
-            raise _checks.refuse(file, got, f"{expected} as in {images.samples[0][0]}", "say size=")
+            raise _checks.refuse(file, got, f"{expected} as in {images.samples[0][0]}", "say size= (--size)")
         x[place] = image
     return x.numpy()

@@ -17,6 +17,7 @@ import torch
 
 import art_saliency
 from art_saliency import load
+from art_saliency.architectures import ACTIVATIONS
 from art_saliency.cli import main
 from art_saliency.data import load_data
 from art_saliency.evaluation.accuracy import accuracy
@@ -428,6 +429,23 @@ def test_help_teaches_by_example_and_answers_without_torch():
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert f"art-saliency {command}" in done.stdout.split("Examples:")[1]
         assert done.stdout.endswith("False\n")
+
+
+def test_help_names_every_activation_and_prints_no_doubled_percent_sign(capsys):
+    shown = {}
+    for command in ("train", "evaluate"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        shown[command] = " ".join(capsys.readouterr().out.split())
+    assert "%%" not in "".join(shown.values())
+    assert ", ".join(list(ACTIVATIONS)[:-1]) + f" or {list(ACTIVATIONS)[-1]} (default" in shown["train"]
+
+
+def test_a_run_that_was_interrupted_is_not_called_no_run(tmp_path, capsys):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for words in (["evaluate", "{}"], ["explain", "{}", "--index", "0"]):
+        assert main([word.format(tmp_path / "run") for word in words]) == 2
+        assert "run: got a run that was interrupted, expected one that is over; go on" in capsys.readouterr().err
 
 
 def test_quickstart_leaves_table_checkpoints_and_figures(tmp_path, monkeypatch, capsys):

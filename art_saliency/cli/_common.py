@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from art_saliency.threat import ThreatModel
 
 __all__ = [
+    "KEPT",
     "add_run_options",
     "check_seed",
     "data_of_run",
     "fraction",
     "own_device",
+    "page_of_run",
     "pick_device",
     "read_settings",
     "refuse_unused",
@@ -32,6 +34,9 @@ __all__ = [
     "writable",
 ]
 
+
+KEPT = "checkpoints"
+"""The folder, in that of a run, where it is kept until it is over."""
 
 _T = TypeVar("_T")
 
@@ -149,6 +154,20 @@ def writable(option: str, folder: Path) -> None:
     except OSError as error:
         got = f"{folder}, where nothing can be written ({error.strerror})"
         raise _checks.refuse(option, got, "a folder that can be written to", "choose another") from error
+
+
+def page_of_run(folder: str | Path) -> dict[str, Any]:
+    """:return: Its ``run.json``. :raises CheckpointError: When the folder holds none; a run that is not over is told from no run."""
+    from art_saliency import _checks
+    from art_saliency.errors import CheckpointError
+    from art_saliency.trainers.runs import read_run
+
+    if (Path(folder) / KEPT).is_dir() and not (Path(folder) / "run.json").exists():
+        remedy = "go on with the words of its training and --resume"
+        raise CheckpointError(
+            str(_checks.refuse(f"{folder}", "a run that was interrupted", "one that is over", remedy))
+        )
+    return read_run(folder)
 
 
 def threat_of_run(args: Any, page: dict[str, Any]) -> ThreatModel:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from art_saliency.cli._common import data_of_run, threat_of_run
+from art_saliency.cli._common import data_of_run, page_of_run, threat_of_run
 
 if TYPE_CHECKING:
     import torch
@@ -44,12 +44,12 @@ def opened(args: argparse.Namespace, folders: Mapping[str, Path], device: torch.
     :param args: Of ``evaluate``. :param folders: By name. :return: By name.
     """
     from art_saliency import _checks
-    from art_saliency.trainers.runs import load, read_run
+    from art_saliency.trainers.runs import load
 
     sets: dict[str, DataSet] = {}
     subjects = {}
     for name, folder in folders.items():
-        page = read_run(folder)
+        page = page_of_run(folder)
         model = load(folder, device=device).model
         which = json.dumps(page["data"] if args.data is None else page["data"].get("size"), sort_keys=True)
         data = sets[which] if which in sets else sets.setdefault(which, data_of_run(args, page))
@@ -71,13 +71,13 @@ def named_surrogates(
     :param args: Of ``evaluate --full``. :param subjects: What they are to be surrogates for. :return: By folder.
     """
     from art_saliency import _checks
-    from art_saliency.trainers.runs import load, read_run
+    from art_saliency.trainers.runs import load
     from art_saliency.trainers.surrogates import Recipe
 
     for of in subjects.values():
         takes = {key: of.page["network"][key] for key in ("input_shape", "num_classes")}
         for folder in args.surrogate or ():
-            other = {key: read_run(folder)["network"][key] for key in takes}
+            other = {key: page_of_run(folder)["network"][key] for key in takes}
             if other != takes:
                 raise _checks.refuse("--surrogate", f"{folder}, a network for {other}", f"one for {takes}")
         if not args.surrogate and not args.no_surrogates:

@@ -45,9 +45,12 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("network")
     group.add_argument(
         "--network",
-        help="a name, timm:NAME, torchvision:NAME or package.module:factory (default: by the image size)",
+        help="a name, timm:NAME, torchvision:NAME or package.module:factory, a function or class of your own that is called with those of "
+        "the keywords num_classes= and in_channels= that it takes (default: by the image size)",
     )
-    group.add_argument("--activation", default="relu", help="relu, silu, gelu, softplus (default: %(default)s)")
+    group.add_argument(
+        "--activation", default="relu", help="relu, leaky-relu, elu, silu, gelu or softplus (default: %(default)s)"
+    )
     group.add_argument("--width", type=int, help="channels of the first stage")
     group.add_argument(
         "--normalise", action="store_true", help="put the training images' mean and deviation into the network"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from art_saliency.cli._common import (
     add_run_options,
     fraction,
+    page_of_run,
     pick_device,
     refuse_unused,
     say,
@@ -97,7 +98,6 @@ def _checked(args: argparse.Namespace) -> list[Path]:
     """:return: The folders of the runs; what is wrong with the words, or with the places that are written to, is refused."""
     from art_saliency import _checks
     from art_saliency.evaluation.corruption_arrays import open_corruption_arrays
-    from art_saliency.trainers.runs import read_run
 
     _checks.one_of("--version", args.version, ("standard", "plus", "rand"))
     _checks.whole("--batch-size", args.batch_size, least=1)
@@ -112,7 +112,7 @@ def _checked(args: argparse.Namespace) -> list[Path]:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise _checks.refuse("DIR", "the same run twice", "different runs")
     for folder in folders:
-        threat_of_run(args, read_run(folder))
+        threat_of_run(args, page_of_run(folder))
         _vacant("DIR", folder / ("report" if args.full else "evaluation.json"), folder=args.full, force=args.force)
         writable("DIR", folder)
     if args.corruptions is not None:

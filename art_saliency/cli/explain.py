@@ -6,7 +6,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from art_saliency.cli._common import add_run_options, data_of_run, fraction, pick_device, say, threat_of_run, writable
+from art_saliency.cli._common import (
+    add_run_options,
+    data_of_run,
+    fraction,
+    page_of_run,
+    pick_device,
+    say,
+    threat_of_run,
+    writable,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -96,10 +105,10 @@ def run(args: argparse.Namespace) -> int:
     from art_saliency.evaluation.figures_maps import maps_panel
     from art_saliency.evaluation.saliency import METRICS, named_maps
     from art_saliency.randomness import RandomSource
-    from art_saliency.trainers.runs import load, read_run
+    from art_saliency.trainers.runs import load
 
     _checks.optional("matplotlib", "explain", "Drawing a figure")  # before the work, not after it
-    page = read_run(args.folder)
+    page = page_of_run(args.folder)
     names = _names_of_maps(args.maps)
     target = _vacant(args.out, args.folder, args.force)
     threat = threat_of_run(args, page)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from art_saliency.cli._common import add_run_options, own_device, pick_device, read_settings, say, writable
+from art_saliency.cli._common import KEPT, add_run_options, own_device, pick_device, read_settings, say, writable
 from art_saliency.cli._launch import on_ranks
 from art_saliency.cli._stream import device_augmentation, held_out, training_data, way_to_fit
 from art_saliency.cli._train_options import (
@@ -30,9 +30,7 @@ if TYPE_CHECKING:
     from art_saliency.trainers.base import ObjectiveTrainer
     from art_saliency.trainers.surrogates import Recipe
 
-_KEPT = "checkpoints"
-"""The folder, in that of a run, where it is kept until it is over."""
-_OWN = (_KEPT, "weights.pt", "run.json", "best.pt", "last.pt")
+_OWN = (KEPT, "weights.pt", "run.json", "best.pt", "last.pt")
 
 
 def add_parser(commands: Any) -> None:
@@ -69,7 +67,7 @@ def _folder(args: argparse.Namespace) -> Path:
     folder = Path(args.out)
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     # It may have been killed while it wrote its last files.
-    begun = _KEPT in names and all(name in (*_OWN, *MEASURED) or name.startswith(".") for name in names)
+    begun = KEPT in names and all(name in (*_OWN, *MEASURED) or name.startswith(".") for name in names)
     if begun and args.resume:
         return folder
     if begun and not args.force:
@@ -124,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         augment=augment,
         verbose=not args.quiet,
-        checkpoint_dir=folder / _KEPT,
+        checkpoint_dir=folder / KEPT,
         checkpoint_every=args.checkpoint_every,
         resume="auto" if args.resume else "never",
         **recipe.run_options(),
@@ -204,7 +202,7 @@ def _write(
     for which, weights in trainer.kept_weights.items():
         if which != kept["selection"]:
             write_tensors(folder / f"{which}.pt", weights)
-    clear(folder / _KEPT)
+    clear(folder / KEPT)
     print(
         f"{folder}: {_weights(kept)}; {_summary(trainer.history[kept['epoch']])}. Next: art-saliency evaluate {folder}"
     )
