@@ -129,23 +129,43 @@ def test_compare_puts_methods_and_compositions_into_one_table(folder, capsys):
     assert (out / "fsr+trades" / "saliency.png").exists()
 
 
-def test_an_interrupted_comparison_keeps_what_it_measured(folder, monkeypatch):
-    """The second arm fails; the first one's figures are in results.json."""
-    from art_saliency.cli import _arms
+def test_an_interrupted_comparison_keeps_what_it_measured_and_goes_on(folder, monkeypatch, capsys):
+    """
+    The second arm is measured no more; the first one's figures are in results.json. With --resume neither is trained again, and the
+    figures are those of a comparison that nothing interrupted.
+    """
+    from art_saliency.evaluation import summary
 
-    measured, run_arm = [], _arms.run_arm
+    measured, summarise = [], summary.summarise
 
-    def failing(arm, budget, out):
-        if measured:
+    def failing(*given, **options):
+        if len(measured) == 1:
             raise KeyboardInterrupt
-        measured.append(arm.name)
-        return run_arm(arm, budget, out)
+        measured.append(given)
+        return summarise(*given, **options)
 
-    monkeypatch.setattr(_arms, "run_arm", failing)
     words = spell("compare", **ONE_EPOCH, data=folder / "few.npz", images=4, width=4, quiet=True, device="cpu")
-    out = folder / "interrupted"
-    assert main([*words, *spell(arms="standard,fgsm-rs", out=out)]) == 130
-    assert list(json.loads((out / "results.json").read_text())) == ["standard"]
+    words += spell(arms="standard,fgsm-rs", out=(out := folder / "interrupted"))
+    with monkeypatch.context() as patch:
+        patch.setattr(summary, "summarise", failing)
+        assert main(words) == 130
+    before = json.loads((out / "results.json").read_text())
+    assert list(before) == ["standard"]
+    (kept,) = (out / "fgsm-rs" / "checkpoints").glob("checkpoint-000002-*")  # the first is of the beginning
+    assert main(words) == 2
+    assert "add --force" in capsys.readouterr().err
+    assert main([*words, "--resume", "--lr", "0.02"]) == 2
+    assert "--resume: got a budget that differs from the one in" in (said := capsys.readouterr().err)
+    assert "lr: 0.01 then, 0.02 now, expected the same data and words" in said
+    assert kept.exists()
+    weights = (out / "fgsm-rs" / "weights.pt").read_bytes()
+    assert main([*words, "--resume"]) == 0
+    assert not kept.parent.exists()
+    results = json.loads((out / "results.json").read_text())
+    assert results["standard"] == before["standard"]
+    assert load(out / "fgsm-rs").nb_classes == 10
+    assert (out / "fgsm-rs" / "weights.pt").read_bytes() == weights
+    assert "| fgsm-rs " in capsys.readouterr().out
 
 
 WRONG = {

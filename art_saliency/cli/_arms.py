@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from art_saliency.cli._common import KEPT
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +26,6 @@ __all__ = [
     "Budget",
     "Trained",
     "cost_of",
-    "finish",
-    "keep",
     "parse_arm",
     "parse_arms",
     "run_arm",
@@ -58,6 +57,12 @@ class Budget:
     device: torch.device
     quiet: bool
     augment: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """:return: All that figures depend on, beside the arm."""
+        names = ("network", "epochs", "batch_size", "lr", "images", "seed", "augment")
+        same = {name: getattr(self, name) for name in names}
+        return {"data": self.data.fingerprint(), "norm": self.threat.norm, "eps": self.threat.eps, **same}
 
 
 @dataclass(frozen=True)
@@ -147,12 +152,14 @@ def train_arm(
     *,
     prepare: Callable[[nn.Module, Tensor], object] | None = None,
     checkpoint_dir: Path | None = None,
+    **keeping: Any,
 ) -> Trained:
     """
     Train one network.
 
     :param prepare: (network, images (2, C, H, W) in [0, 1]): changes the fresh network before there is an optimizer, as a control does.
     :param checkpoint_dir: Where the training is kept, and gone on with where it was left; one that came to its end is read back.
+    :param keeping: How: ``checkpoint_every`` and ``resume`` of ``fit``.
     :return: Trainer and recipe.
     """
     import torch
@@ -198,6 +205,7 @@ def train_arm(
         augment=None if budget.augment is None else augmentation_by_name(budget.augment),
         verbose=not budget.quiet,
         checkpoint_dir=checkpoint_dir,
+        **keeping,
         **arm.options,
     )
     return Trained(trainer, recipe, network)
@@ -233,17 +241,23 @@ def cost_of(trainer: ObjectiveTrainer, budget: Budget) -> dict[str, float]:
     }
 
 
-def run_arm(arm: Arm, budget: Budget, out: Path) -> dict[str, Any]:
+def run_arm(arm: Arm, budget: Budget, out: Path, *, resume: str | None = None) -> dict[str, Any]:
     """
     Train one network and learn how robust it is. Writes ``out/ARM``: weights, the run's page, a figure.
 
+    :param resume: As in ``fit``, from what is kept in ``out/ARM`` meanwhile; ``None`` keeps nothing.
     :return: Its figures, JSON-able.
     """
     from art_saliency.evaluation.summary import summarise
     from art_saliency.trainers.runs import save
+    from art_saliency.training.checkpoint import clear
 
-    data = budget.data
-    trained = train_arm(arm, budget)
+    data, kept = budget.data, out / arm.name / KEPT
+    # Not after every epoch: the seconds of an epoch stand in the table.
+    keeping: dict[str, Any] = (
+        {"checkpoint_dir": kept, "checkpoint_every": "60 seconds", "resume": resume} if resume else {}
+    )
+    trained = train_arm(arm, budget, **keeping)
     classifier = trained.trainer.get_classifier()
     folder = save(
         out / arm.name,
@@ -259,6 +273,7 @@ def run_arm(arm: Arm, budget: Budget, out: Path) -> dict[str, Any]:
     x, y = data.x_test[: budget.images], data.y_test[: budget.images]
     summary = summarise(classifier.model, x, y, threat=budget.threat, seed=budget.seed, progress=not budget.quiet)
     _draw(arm, budget, classifier.model, folder, summary)
+    clear(kept)
     return {**summary.to_json(), **cost_of(trained.trainer, budget)}
 
 
@@ -280,45 +295,3 @@ def _draw(arm: Arm, budget: Budget, model: nn.Module, folder: Path, summary: Sum
         title=f"{arm.name}: {data.name} under PGD-20, {threat.norm} eps {threat.eps:g}; accuracy: clean {summary.clean:.1%}, "
         f"AutoAttack {summary.autoattack.robust_accuracy:.1%}",
     )
-
-
-def keep(results: Mapping[str, dict[str, Any]], out: Path) -> None:
-    """Write what is known so far as ``results.json``, so that an interrupted comparison leaves its numbers."""
-    from art_saliency.files import write_file
-
-    write_file(out / "results.json", lambda file: file.write(json.dumps(results, indent=1).encode()))
-
-
-def finish(results: Mapping[str, dict[str, Any]], budget: Budget, out: Path) -> None:
-    """Print the table of all arms, and write it as ``results.md`` and ``results.json``."""
-    from art_saliency.cli._common import shown_and_written
-    from art_saliency.evaluation.table import markdown_table, percent
-    from art_saliency.files import write_file
-
-    rows = [
-        (
-            arm,
-            percent(result["clean"]["accuracy"]),
-            percent(result["pgd20"]["accuracy"]),
-            percent(result["autoattack"]["accuracy"]),
-            "{:.1f}-{:.1f}".format(*(100 * end for end in result["autoattack"]["interval_95"])),
-            f"{result['seconds_per_epoch']:.2f}",
-            f"{result['passes_per_step']:.1f}",
-        )
-        for arm, result in results.items()
-    ]
-    header = ("network", "clean %", "PGD-20 %", "AutoAttack %", "95 % interval", "s / epoch", "passes / step")
-    table = markdown_table(header, rows)
-    details = next(iter(results.values()))["autoattack_details"]
-    which = "all" if budget.images == len(budget.data.x_test) else "the first"
-    note = (
-        f"Accuracy on {which} {budget.images} test images of {budget.data.name}, {budget.threat.norm} eps "
-        f"{budget.threat.eps:g}, {budget.epochs} epochs, seed {budget.seed}. AutoAttack: version standard, by "
-        f"{details['backend']} {details['backend_version']}. One pass is a forward-backward pass of standard training."
-    )
-
-    def write() -> None:
-        keep(results, out)
-        write_file(out / "results.md", lambda file: file.write(f"{table}\n\n{note}\n".encode()))
-
-    shown_and_written(f"{table}\n\n{note}", write)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from art_saliency.cli._common import add_run_options, fraction, pick_device, say, writable
@@ -44,6 +45,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--batch-size", type=int, default=128, help="images a step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=0.01, help="Adam's highest learning rate (default: %(default)s)")
     parser.add_argument("--images", type=int, help="test images to evaluate on, the first ones (default: all)")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the comparison in --out, if there is one: arms that are over stay, one in progress goes on; more may be added",
+    )
     add_run_options(parser)
     parser.set_defaults(run=run)
 
@@ -51,7 +57,8 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do it. :return: 0."""
     from art_saliency import _checks
-    from art_saliency.cli._arms import Budget, finish, keep, parse_arms, run_arm, try_arms
+    from art_saliency.cli._arms import Budget, parse_arms, run_arm, try_arms
+    from art_saliency.cli._results import begin, finish, go_on, has_begun, keep
     from art_saliency.cli.train import spec_of
     from art_saliency.data import load_data
     from art_saliency.networks import default_network
@@ -67,7 +74,10 @@ def run(args: argparse.Namespace) -> int:
     data = load_data(args.data, root=args.data_root)
     count = len(data.x_test)
     images = count if args.images is None else _checks.whole("--images", args.images, least=1, most=count)
-    out = vacant_folder(args.out, force=args.force)
+    out = Path(args.out)
+    resumed = args.resume and has_begun(out)
+    if not resumed:
+        vacant_folder(out, force=args.force)
     writable("--out", out)
     budget = Budget(
         data=data,
@@ -89,11 +99,14 @@ def run(args: argparse.Namespace) -> int:
         quiet=args.quiet,
     )
     say(args, "a step of every arm, to see that all can be trained")
-    try_arms(arms, budget)
-    results: dict[str, dict[str, Any]] = {}
+    results = go_on(budget, out) if resumed else {}
+    try_arms([arm for arm in arms if arm.name not in results], budget)
+    if not resumed:
+        begin(budget, out)
     for number, arm in enumerate(arms, 1):
-        say(args, f"[{number}/{len(arms)}] {arm.name}")
-        results[arm.name] = run_arm(arm, budget, out)
-        keep(results, out)
+        say(args, f"[{number}/{len(arms)}] {arm.name}" + (": measured" if arm.name in results else ""))
+        if arm.name not in results:
+            results[arm.name] = run_arm(arm, budget, out, resume="auto" if resumed else "never")
+            keep(results, out)
     finish(results, budget, out)
     return 0

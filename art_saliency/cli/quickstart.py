@@ -34,7 +34,8 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do it. :return: 0."""
     from art_saliency import _checks
-    from art_saliency.cli._arms import Budget, finish, parse_arm, run_arm
+    from art_saliency.cli._arms import Budget, parse_arm, run_arm
+    from art_saliency.cli._results import finish
     from art_saliency.data import load_data
     from art_saliency.threat import ThreatModel
     from art_saliency.trainers.runs import vacant_folder
