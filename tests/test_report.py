@@ -234,6 +234,7 @@ def test_all_runs_are_opened_before_the_first_is_worked_on(runs, capsys, tmp_pat
         (["{standard}", "--version", "fast"], "--version: got 'fast'"),
         (["{standard}", "--images", "0"], "--images: got 0"),
         (["{standard}", "--eps", "2"], "eps: got 2"),
+        (["{standard}", "--eps", "0"], "--eps: got 0, expected 0 < --eps"),
         (["{standard}", "--full", "--surrogate", "nowhere"], "nowhere: no run.json"),
         (["{standard}", "--full", "--audit-images", "0"], "--audit-images: got 0"),
         (["{standard}", "--audit-images", "9"], "--audit-images: got 9, expected no such option without --full"),

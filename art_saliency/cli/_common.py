@@ -103,7 +103,8 @@ def check_seed(seed: int) -> None:
     """:raises InputError: When it is none that torch, NumPy and AutoAttack all take."""
     from art_saliency import _checks
 
-    _checks.whole("--seed", seed, most=2**32 - 1)
+    if not 0 <= seed < 2**32:
+        raise _checks.refuse("--seed", seed, f"a whole number from 0 to {2**32 - 1}")
 
 
 def pick_device(name: str) -> torch.device:

@@ -112,7 +112,7 @@ def _checked(args: argparse.Namespace) -> list[Path]:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise _checks.refuse("DIR", "the same run twice", "different runs")
     for folder in folders:
-        threat_of_run(args, page_of_run(folder))
+        _checks.real("--eps", threat_of_run(args, page_of_run(folder)).eps, above=0)
         _vacant("DIR", folder / ("report" if args.full else "evaluation.json"), folder=args.full, force=args.force)
         writable("DIR", folder)
     if args.corruptions is not None:
