@@ -509,7 +509,7 @@ def test_cifar_is_fetched_when_asked_and_only_then(tmp_path, monkeypatch):
         archive.add(tmp_path / "source" / "cifar-10-batches-py", "cifar-10-batches-py")
     monkeypatch.setattr(kind, "tgz_md5", hashlib.md5((tmp_path / kind.filename).read_bytes()).hexdigest())
     root = tmp_path / "root"
-    with pytest.raises(CheckpointError, match="download=True to fetch cifar10"):
+    with pytest.raises(CheckpointError, match=r"download=True \(--download\) to fetch cifar10"):
         load_data("cifar10", root=root)
     assert not root.exists()  # no file is written unasked
     with served(tmp_path) as address:
