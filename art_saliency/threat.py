@@ -10,7 +10,7 @@ from torch import Tensor
 from art_saliency import _checks
 from art_saliency.randomness import RandomSource, normal, uniform
 
-__all__ = ["NORMS", "ThreatModel"]
+__all__ = ["NORMS", "ThreatModel", "finite_entries"]
 
 NORMS = ("Linf", "L2")
 """Names as in RobustBench."""
@@ -35,6 +35,18 @@ def _unit(delta: Tensor) -> Tensor:
     """
     delta = delta / _rows(delta.flatten(1).abs().amax(1), delta).clamp_min(torch.finfo(delta.dtype).tiny)
     return delta / _norms(delta).clamp_min(1e-12)
+
+
+def finite_entries(gradient: Tensor) -> Tensor:
+    """
+    A gradient whose entries that are NaN or infinite count as 0: they name no direction.
+
+    The others do. One entry among thousands, from a square root at 0 for instance, must neither stop an attack nor put NaN
+    into the image, which the network would then get wrong whatever it resists.
+
+    :param gradient: Of any shape. :return: Of the same.
+    """
+    return gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 @dataclass(frozen=True)
@@ -112,8 +124,9 @@ class ThreatModel:
         The unit step that raises a linear function most: the sign for Linf, the normalised gradient for L2.
 
         :param gradient: (N, C, H, W).
-        :return: (N, C, H, W), 0 where the gradient is exactly 0.
+        :return: (N, C, H, W), finite; 0 where the gradient is exactly 0 or not finite.
         """
+        gradient = finite_entries(gradient)
         return gradient.sign() if self.norm == "Linf" else _unit(gradient)
 
     def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:

@@ -242,6 +242,45 @@ def test_a_network_without_gradients_has_a_clean_accuracy_and_no_pgd_accuracy(sa
         pgd_accuracy(Steps(), *sample, threat=LINF)
 
 
+class _Broken(nn.Module):
+    """Answers class 0, with a logit that is no number among them where an image is bright."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x):
+        bright = x.flatten(1).amax(1) > 0.6
+        return torch.stack([torch.where(bright, self.value, 1.0) + 0 * x.flatten(1).sum(1), torch.zeros(len(x))], 1)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_never_right(value):
+    x, y = torch.full((6, 1, 4, 4), 0.5), torch.zeros(6, dtype=torch.long)
+    x[:2] = 0.7
+    assert accuracy(_Broken(value), x, y) == 4 / 6
+    assert pgd_accuracy(_Broken(value), x, y, threat=ThreatModel("Linf", 0.01), max_iter=2) == 4 / 6
+
+
+class _Rooted(nn.Module):
+    """Answers class 1 as long as it is dark; the gradient of a square root is infinite on black."""
+
+    def forward(self, x):
+        light = x.sqrt().flatten(1).sum(1)
+        return torch.stack([light, 9 - light], 1)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_an_attack_on_a_gradient_that_is_partly_no_number_makes_no_error_of_its_own(norm):
+    x, y = torch.zeros(5, 1, 4, 4), torch.ones(5, dtype=torch.long)
+    x[:, :, :, 0] = 0.3
+    threat = ThreatModel(norm, 0.01)
+    x_adv = pgd(_Rooted(), x, y, threat=threat, max_iter=5, random_start=False)
+    assert bool(torch.isfinite(x_adv).all())
+    assert not torch.equal(x_adv, x), "the finite entries of the gradient still count"
+    assert pgd_accuracy(_Rooted(), x, y, threat=threat, max_iter=5) == 1
+
+
 @pytest.mark.gpu
 def test_images_are_moved_to_the_network(trained, sample):
     import copy

@@ -308,6 +308,34 @@ def test_an_attack_is_run_once_and_what_counts_is_kept(data):
     assert {"PGD-20", "PGD-20, margin"} <= set(report.accuracies), "of as many steps, on another loss"
 
 
+def test_an_attack_that_returns_no_images_has_found_nothing(data):
+    model = build_network("small-cnn", num_classes=10, input_shape=(1, 8, 8), width=4).eval()
+    y = model(data[0][:6]).argmax(1)
+    lab = Laboratory(model, data[0][:6], y, ThreatModel("Linf", 0.1), AuditBudget(), batch_size=4, seed=0)
+    assert lab.under("broken", lambda x, y: torch.full_like(x, torch.nan)).tolist() == [1.0] * 6
+
+
+class Rooted(nn.Module):
+    """A square root of each pixel, added as nothing: its gradient is no number on black."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x) + 0 * x.sqrt().sum((1, 2, 3))[:, None]
+
+
+def test_a_network_whose_gradients_are_no_numbers_is_convicted_of_that_alone_and_its_report_is_json(data):
+    quick = AuditBudget(max_iter=3, restarts=1, long=2, noise_draws=2, square_queries=5)
+    report = audit(Rooted(trained("standard")), *(part[:60] for part in data), eps=1e-6, budget=quick, progress=False)
+    assert report.reasons == ["gradients exist"]
+    linearity = next(check for check in report.checks if check.name == "loss linearity")
+    assert linearity.status == "not run"
+    assert linearity.figures == {"cosine": {"0.01 eps": None, "1 eps": None}, "forecast_error": None}
+    json.dumps(report.to_json(), allow_nan=False)
+
+
 def test_transfer_and_autoattack_join_the_evidence(data):
     model, quick = trained("standard"), AuditBudget(max_iter=5, restarts=1, long=1, noise_draws=2, square_queries=10)
     x, y = data[0][:40], data[1][:40]

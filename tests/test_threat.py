@@ -212,6 +212,17 @@ def test_the_step_of_a_zero_gradient_is_zero_and_leaves_its_neighbours_alone(nor
 
 
 @both_norms
+def test_entries_of_a_gradient_that_are_not_finite_count_as_zero(norm):
+    gradient, broken = images(low=-1), images(low=-1)
+    for image, value in enumerate((torch.nan, torch.inf, -torch.inf)):
+        broken[image, 0, 1] = value
+        gradient[image, 0, 1] = 0
+    broken[3], gradient[3] = torch.nan, 0
+    threat = ThreatModel(norm, 0.1)
+    assert torch.equal(threat.ascent_direction(broken), threat.ascent_direction(gradient))
+
+
+@both_norms
 def test_distance_is_numpys_norm(norm):
     x, other = images(), images(1)
     expected = np.linalg.norm((x - other).flatten(1).numpy(), ord={"Linf": np.inf, "L2": 2}[norm], axis=1)

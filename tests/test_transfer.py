@@ -416,6 +416,37 @@ def test_logits_that_are_not_finite_are_errors(networks, sample):
     assert not result.correct[::2].any()
 
 
+class Rooted(nn.Module):
+    """The roots of ten pixels' light: its gradient is infinite on black."""
+
+    def forward(self, x):
+        return x.flatten(1)[:, 18:28].sqrt()
+
+
+@pytest.mark.parametrize("threat", [LINF, L2], ids=["Linf", "L2"])
+def test_a_surrogate_whose_gradient_is_partly_no_number_convicts_nobody(networks, sample, threat):
+    x, tiny = sample[0], ThreatModel(threat.norm, 1e-7)
+    y = networks["a"].eval()(x).argmax(1)
+    result = transfer(networks["a"], x, y, surrogates={"rooted": Rooted()}, threat=tiny, max_iter=2)
+    assert bool(result.correct.all())
+
+
+@pytest.mark.parametrize("attack", ["plain", "mi", "ti"])
+def test_the_finite_entries_of_a_surrogates_gradient_still_count(sample, attack):
+    x, y = sample[0][:20], sample[1][:20]
+    x_adv = transfer_attack([Rooted()], x, y, threat=LINF, max_iter=2, **TRANSFER_ATTACKS[attack])
+    assert bool(torch.isfinite(x_adv).all())
+    assert bool(((x_adv - x).flatten(1).abs().amax(1) > 0).all())
+
+
+def test_images_of_an_attack_that_are_no_images_are_not_found_by_it(networks, sample, monkeypatch):
+    broken = torch.full_like(sample[0], torch.nan)
+    monkeypatch.setattr("art_saliency.evaluation.transfer.transfer_attack", lambda sources, x, y, **_: broken[: len(x)])
+    y = networks["model"].eval()(sample[0]).argmax(1)
+    result = transfer(networks["model"], sample[0], y, surrogates={"a": networks["a"]}, threat=LINF, attacks=["mi"])
+    assert bool(result.correct.all())
+
+
 class TooWide(nn.Module):
     def forward(self, x):
         return torch.zeros(len(x), 11, device=x.device)

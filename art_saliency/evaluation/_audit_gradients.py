@@ -66,16 +66,31 @@ def smoothness(lab: Laboratory) -> list[Check]:
     for share in (0.01, 1.0):
         ball = ThreatModel(lab.threat.norm, share * lab.threat.eps)
         moved = (x + ball.eps * ball.ascent_direction(there)).clamp(0, 1)
-        cosines[f"{share:g} eps"] = float(cosine(there, lab.gradients(moved, y, margin)).mean())
+        cosines[f"{share:g} eps"] = _mean_cosine(there, lab.gradients(moved, y, margin))
     ball = ThreatModel(lab.threat.norm, 0.1 * lab.threat.eps)
     moved = (x + ball.eps * ball.ascent_direction(there)).clamp(0, 1)
     rise = margin(lab.logits(moved), y) - margin(lab.logits(x), y)
     foretold = ((moved - x) * there).flatten(1).sum(1)
-    error = float((rise - foretold).abs().mean() / foretold.abs().mean().clamp_min(1e-12))
-    status = SUSPICIOUS if cosines["0.01 eps"] < 0.5 else PASS
-    said = ", ".join(f"{value:.2f} over {where}" for where, value in cosines.items())
-    figure = f"mean cosine of the margin's gradients {said}; linear forecast over 0.1 eps wrong by {100 * error:.0f} %"
+    error = _finite((rise - foretold).abs().mean() / foretold.abs().mean().clamp_min(1e-12))
+    near = cosines["0.01 eps"]
+    status = NOT_RUN if near is None else SUSPICIOUS if near < 0.5 else PASS
+    said = ", ".join(f"{'none' if value is None else f'{value:.2f}'} over {where}" for where, value in cosines.items())
+    wrong = "not to be had" if error is None else f"wrong by {100 * error:.0f} %"
+    figure = f"mean cosine of the margin's gradients {said}; linear forecast over 0.1 eps {wrong}"
+    if None in (*cosines.values(), error):
+        figure += " (gradients or logits are not finite)"
     return [Check("loss linearity", status, figure, threshold, meaning, {"cosine": cosines, "forecast_error": error})]
+
+
+def _mean_cosine(first: Tensor, second: Tensor) -> float | None:
+    """:return: Over the images both of whose gradients are finite; None where there are none."""
+    live = torch.isfinite(first).flatten(1).all(1) & torch.isfinite(second).flatten(1).all(1)
+    return _finite(cosine(first[live], second[live]).mean())
+
+
+def _finite(value: Tensor) -> float | None:
+    """:return: A number, or None where it is none: JSON knows neither NaN nor infinity."""
+    return float(value) if bool(torch.isfinite(value)) else None
 
 
 def plateau(lab: Laboratory) -> list[Check]:

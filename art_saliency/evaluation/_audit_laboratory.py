@@ -13,6 +13,7 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 from art_saliency.attacks import AttackLoss, fgsm, pgd
 from art_saliency.errors import UnsupportedModelError
 from art_saliency.evaluation._audit_copies import Averaged
+from art_saliency.evaluation._inputs import right_answers, unbroken
 from art_saliency.gradients import input_gradient
 from art_saliency.modes import full_float32
 from art_saliency.randomness import RandomSource, uniform
@@ -92,7 +93,7 @@ class Laboratory:
         passes = self.budget.repeats if self.randomised else 1
         for _ in range(passes):
             logits = self.logits(x)
-            found += torch.isfinite(logits).all(1) & (logits.argmax(1) == self.y)
+            found += right_answers(logits, self.y)
         return (found / passes).cpu()
 
     def _is_differentiable(self) -> bool:
@@ -113,7 +114,8 @@ class Laboratory:
 
     def under(self, name: str, attack: Attack) -> Tensor:
         """
-        Score every image under an attack; images that are wrong without one are left out of it and count 0.
+        Score every image under an attack; images that are wrong without one are left out of it and count 0. Where an attack
+        returns pixels that are not finite it has found nothing.
 
         :param attack: (x, y) -> x_adv. :return: (N,) scores, none above the clean one.
         """
@@ -121,7 +123,7 @@ class Laboratory:
         x_adv = self.x.clone()
         rows = self.standing.to(self.x.device).nonzero()[:, 0]
         for some in torch.split(rows, self.batch_size):
-            x_adv[some] = attack(self.x[some], self.y[some])
+            x_adv[some] = unbroken(attack(self.x[some], self.y[some]), self.x[some])
         return torch.minimum(self.score(x_adv), self.clean) * self.standing
 
     def record(self, name: str, score: Tensor) -> Tensor:

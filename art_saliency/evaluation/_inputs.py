@@ -46,3 +46,14 @@ def placed(model: nn.Module, x: Any, y: Any) -> tuple[Tensor, Tensor]:
     images, labels = checked(model, x, y)
     home = home_of(model, images)
     return pixels(images, home).contiguous(), labels.to(home.device)
+
+
+def unbroken(x_adv: Tensor, x: Tensor) -> Tensor:
+    """:return: The images of an attack; where one has pixels that are not finite, and so is none, the clean one instead."""
+    finite = torch.isfinite(x_adv).flatten(1).all(1)
+    return torch.where(finite.view(-1, *[1] * (x.ndim - 1)), x_adv, x)
+
+
+def right_answers(logits: Tensor, y: Tensor) -> Tensor:
+    """:return: (N,) bool; logits (N, K) that are not finite are no answer."""
+    return torch.isfinite(logits).all(1) & (logits.argmax(1) == y)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from art_saliency import _checks
 from art_saliency.attacks import AttackLoss, pgd
-from art_saliency.evaluation._inputs import checked, home_of, pixels
+from art_saliency.evaluation._inputs import checked, home_of, pixels, right_answers
 from art_saliency.modes import evaluating
 from art_saliency.randomness import RandomSource
 from art_saliency.threat import ThreatModel
@@ -45,13 +45,13 @@ def _share_correct(
             targets = y[start : start + batch_size].to(home.device)
             images = perturb(images, targets)
             with torch.no_grad():
-                correct += (model(images).argmax(1) == targets).sum()
+                correct += right_answers(model(images), targets).sum()
     return int(correct) / len(x)
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 256) -> float:
     """
-    The share of images whose highest logit is the true class.
+    The share of images whose highest logit is the true class; logits that are not finite are never right.
 
     :param model: Maps (N, C, H, W) in [0, 1] to logits; evaluated in eval mode, its modes restored.
     :param x: (N, C, H, W) in [0, 1], or uint8; on any device.

@@ -16,7 +16,7 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 from art_saliency import _checks
 from art_saliency.data import to_unit
 from art_saliency.evaluation._autoattack_memory import weights_sha256
-from art_saliency.evaluation._inputs import checked, home_of, pixels
+from art_saliency.evaluation._inputs import checked, home_of, pixels, right_answers, unbroken
 from art_saliency.evaluation.accuracy import binomial_interval
 from art_saliency.evaluation.transfer_attacks import TRANSFER_ATTACKS, ensemble_logits, transfer_attack
 from art_saliency.files import sha256_of_tensors
@@ -206,6 +206,7 @@ def transfer(
                     random=random[source, attack],
                     **TRANSFER_ATTACKS[attack],
                 )
+                x_adv = unbroken(x_adv, some)
                 resisted = _right([model], x_adv, labels)
                 counts[0] += int(resisted.sum())
                 counts[1] += int(_right(sources[source], x_adv, labels).sum())
@@ -242,8 +243,7 @@ def _batches(x: Tensor, y: Tensor, home: Tensor, batch_size: int) -> Iterator[tu
 def _right(networks: Sequence[nn.Module], x: Tensor, y: Tensor) -> Tensor:
     """:return: (N,) bool; logits that are not finite are no answer."""
     with evaluating(*networks), torch.no_grad():
-        logits = ensemble_logits(networks, x)
-    return torch.isfinite(logits).all(1) & (logits.argmax(1) == y)
+        return right_answers(ensemble_logits(networks, x), y)
 
 
 def _attack_names(attacks: Sequence[str]) -> list[str]:

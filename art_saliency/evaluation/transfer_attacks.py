@@ -14,7 +14,7 @@ from art_saliency.attacks import AttackLoss, attack_loss
 from art_saliency.gradients import input_gradient
 from art_saliency.modes import evaluating, frozen
 from art_saliency.randomness import RandomSource, uniform
-from art_saliency.threat import ThreatModel
+from art_saliency.threat import ThreatModel, finite_entries
 
 __all__ = ["TRANSFER_ATTACKS", "ensemble_logits", "kernel_side", "resize_and_pad", "smooth", "transfer_attack"]
 
@@ -88,7 +88,8 @@ def transfer_attack(
                 x_adv = x_adv.detach().requires_grad_(True)
                 seen = resize_and_pad(x_adv, diversity, random)
                 gradient = input_gradient(objective(ensemble_logits(networks, seen), y).sum(), x_adv)
-            direction = smooth(gradient, side)
+            # Before what follows spreads one entry that is not finite over the whole image and all later steps.
+            direction = smooth(finite_entries(gradient), side)
             if momentum > 0:  # without it there is nothing to normalise for, and the steps are PGD's, bit for bit
                 direction = velocity = momentum * velocity + _l1_unit(direction)
             x_adv = threat.project(x_adv.detach() + step * threat.ascent_direction(direction), x)
