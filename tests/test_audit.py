@@ -336,6 +336,19 @@ def test_a_network_whose_gradients_are_no_numbers_is_convicted_of_that_alone_and
     json.dumps(report.to_json(), allow_nan=False)
 
 
+def test_square_is_left_out_with_its_reason_where_it_cannot_run():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(14 * 14, 10))
+    x = torch.rand(8, 1, 14, 14)
+    quick = AuditBudget(max_iter=2, restarts=1, long=1, noise_draws=2, square_queries=5)
+    found = {}
+    for norm in ("L2", "Linf"):
+        report = audit(model, x, model(x).argmax(1), eps=0.01, norm=norm, budget=quick, progress=False)
+        found[norm] = next(check for check in report.checks if check.name == "gradients beat queries")
+    assert found["L2"].status == "not run"
+    assert "got images of 14 x 14 pixels, expected sides that Square's tiles" in found["L2"].figure
+    assert found["Linf"].status == "pass"
+
+
 def test_transfer_and_autoattack_join_the_evidence(data):
     model, quick = trained("standard"), AuditBudget(max_iter=5, restarts=1, long=1, noise_draws=2, square_queries=10)
     x, y = data[0][:40], data[1][:40]

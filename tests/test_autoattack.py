@@ -18,6 +18,8 @@ import numpy as np
 import pyautoattack
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from pyautoattack import checks
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.fab_base import FABAttack
@@ -28,8 +30,9 @@ from torch import Tensor, nn
 from art_saliency.errors import ArtSaliencyError, InputError, MissingDependencyError, UnsupportedModelError
 from art_saliency.evaluation._autoattack_backend import distribution_version, find_backend
 from art_saliency.evaluation._autoattack_memory import weights_sha256
-from art_saliency.evaluation._autoattack_plan import plan_attacks
+from art_saliency.evaluation._autoattack_plan import plan_attacks, square_needs
 from art_saliency.evaluation.autoattack import AutoAttackResult, autoattack
+from art_saliency.threat import ThreatModel
 
 EPS = {"Linf": 0.12, "L2": 0.6}
 QUERIES = 15
@@ -713,6 +716,40 @@ def test_images_too_low_for_square_under_l2_are_refused(trained: Any) -> None:
     x, y = torch.rand(4, 1, 4, 8), torch.zeros(4, dtype=torch.long)
     with pytest.raises(InputError, match="x: got images of 4 x 8 pixels, expected at least 5 rows"):
         ours(model, x, y, norm="L2")
+    ours(model, x, y, norm="L2", version="custom", attacks=["apgd-ce"])
+
+
+class Same(nn.Module):
+    """Gives every image class 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([torch.ones(len(x)), torch.zeros(len(x))], 1)
+
+
+@settings(max_examples=60)
+@given(height=st.integers(5, 40), width=st.integers(5, 40), square=st.booleans())
+@example(height=14, width=14, square=True)
+@example(height=32, width=36, square=False)
+@example(height=24, width=4, square=False)
+@example(height=24, width=3, square=False)
+def test_squares_tiles_under_l2_fit_exactly_where_its_own_code_runs(height: int, width: int, square: bool) -> None:
+    x = torch.full((1, 1, height, height if square else width), 0.5)
+    attack = SquareAttack(Same(), norm="L2", eps=1e-3, n_queries=1, seed=0, device="cpu")
+    try:
+        attack.perturb(x, torch.zeros(1, dtype=torch.long))
+        runs = True
+    except RuntimeError:
+        runs = False
+    assert (square_needs(ThreatModel("L2", 1e-3), x) is None) == runs
+    assert square_needs(ThreatModel("Linf", 1e-3), x) is None
+
+
+def test_images_that_squares_tiles_overrun_are_refused_before_any_attack(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(196, 10))
+    x, y = torch.rand(4, 1, 14, 14), torch.zeros(4, dtype=torch.long)
+    with pytest.raises(InputError, match="x: got images of 14 x 14 pixels, expected sides that Square's tiles"):
+        ours(model, x, y, norm="L2", state_dir=tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
     ours(model, x, y, norm="L2", version="custom", attacks=["apgd-ce"])
 
 

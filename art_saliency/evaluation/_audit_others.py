@@ -75,19 +75,31 @@ def _both_losses(lab: Laboratory, view: nn.Module) -> Any:
     return attack
 
 
-def black_box(lab: Laboratory, square: Tensor | None, transferred: Tensor | None) -> list[Check]:
-    """Whether an attack that sees answers only, or other networks only, does more than one that sees everything."""
+def black_box(
+    lab: Laboratory, square: Tensor | None, transferred: Tensor | None, needed: str | None = None
+) -> list[Check]:
+    """
+    Whether an attack that sees answers only, or other networks only, does more than one that sees everything.
+
+    :param needed: What Square would have of the images, where it cannot run on them.
+    """
     white, checks = lab.strongest(), []
-    for name, found, words in (
-        ("gradients beat queries", square, f"Square with {lab.budget.square_queries} queries"),
-        ("gradients beat transfer", transferred, "attacks transferred from other networks"),
+    size = "images of {} x {} pixels".format(*lab.x.shape[2:])
+    for name, found, words, missing in (
+        (
+            "gradients beat queries",
+            square,
+            f"Square with {lab.budget.square_queries} queries",
+            f"not measured: got {size}, expected {needed}",
+        ),
+        ("gradients beat transfer", transferred, "attacks transferred from other networks", "not measured"),
     ):
         meaning = (
             "Whoever knows the network can do all that an outsider can. Where the outsider does more, the gradients were masked: "
             "the sign by which most broken defences were found."
         )
         if found is None:
-            checks.append(Check(name, NOT_RUN, "not measured", str(ORDERS), meaning))
+            checks.append(Check(name, NOT_RUN, missing, str(ORDERS), meaning))
             continue
         checks.append(beats(name, white, (words, lab.record(words, found)), meaning))
     return checks

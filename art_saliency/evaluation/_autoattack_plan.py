@@ -100,9 +100,32 @@ def _fitting(wanted: Sequence[str], classes: int) -> tuple[list[str], list[str]]
     return names, changes
 
 
+def square_needs(threat: ThreatModel, images: Tensor) -> str | None:
+    """
+    What Square would have of images (N, C, H, W) that they are not; ``None`` where it can run.
+
+    Under L2 it starts from square tiles a fifth as high as the image, laid from a margin that centres five of them. Where they end
+    beyond an edge it fails, after all other attacks have run; of a row of single pixels the surplus is cut off without harm.
+    """
+    height, width = images.shape[2:]
+    tile = height // 5
+    if threat.norm != "L2":
+        return None
+    if tile == 0:
+        return "at least 5 rows, which Square needs under L2"
+    margin = (height - 5 * tile) // 2
+    beyond = any(margin + side // tile * tile > side for side in (height, width))
+    if tile == 1 or width < tile or not beyond:
+        return None
+    return (
+        f"sides that Square's tiles under L2, {tile} x {tile} pixels from row and column {margin} on, do not overrun; heights and widths "
+        "that are multiples of 5 fit"
+    )
+
+
 def check_images_fit(plan: Plan, threat: ThreatModel, images: Tensor) -> None:
-    """Refuse images on which Square would divide by zero: under L2 it starts from tiles a fifth as high as they."""
-    if "square" in plan.attacks and threat.norm == "L2" and images.shape[2] < 5:
+    """Refuse images on which Square would fail, before the attacks that run ahead of it: see :func:`square_needs`."""
+    needed = square_needs(threat, images) if "square" in plan.attacks else None
+    if needed is not None:
         size = f"images of {images.shape[2]} x {images.shape[3]} pixels"
-        remedy = "name the other attacks: version='custom'"
-        raise _checks.refuse("x", size, "at least 5 rows, which Square needs under L2", remedy)
+        raise _checks.refuse("x", size, needed, "or name the other attacks: version='custom'")

@@ -22,6 +22,7 @@ from art_saliency.evaluation._audit_check import MASKED, ORDERS, PASS, SUSPICIOU
 from art_saliency.evaluation._audit_laboratory import AuditBudget, Laboratory
 from art_saliency.evaluation._autoattack_guard import process_kept, seed_everything
 from art_saliency.evaluation._autoattack_memory import weights_sha256
+from art_saliency.evaluation._autoattack_plan import square_needs
 from art_saliency.evaluation._inputs import placed
 from art_saliency.evaluation.accuracy import binomial_interval
 from art_saliency.evaluation.autoattack import AutoAttackResult, autoattack
@@ -132,16 +133,21 @@ def audit(
     found = _of_these(autoattack_result, fingerprint, threat)
     variants = {**collect_variants(model), **(variants or {})}
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": False}
-    square = autoattack(
-        model,
-        images,
-        labels,
-        eps=eps,
-        norm=norm,
-        version="custom",
-        attacks=["square"],
-        square_queries=budget.square_queries,
-        **options,
+    needed = square_needs(threat, images)
+    square = (
+        autoattack(
+            model,
+            images,
+            labels,
+            eps=eps,
+            norm=norm,
+            version="custom",
+            attacks=["square"],
+            square_queries=budget.square_queries,
+            **options,
+        )
+        if needed is None
+        else None
     )
     if surrogates and transferred is None:
         transferred = transfer(model, images, labels, surrogates=surrogates, threat=threat, **options).correct
@@ -151,7 +157,7 @@ def audit(
         words = "AutoAttack" if found is None else f"AutoAttack ({found.version})"
         steps: list[Callable[[Laboratory], list[Check]]] = [
             *_STEPS,
-            partial(others.black_box, square=_scored(lab, square), transferred=transferred),
+            partial(others.black_box, square=_scored(lab, square), transferred=transferred, needed=needed),
             partial(others.autoattack_gap, found=_scored(lab, found), words=words),
             partial(others.adaptive, variants=variants),
         ]
