@@ -16,6 +16,7 @@ from art_saliency.attacks import pgd
 from art_saliency.data import load_data, to_unit
 from art_saliency.errors import InputError
 from art_saliency.evaluation import _audit_gradients as gradients
+from art_saliency.evaluation import _audit_others as others
 from art_saliency.evaluation import audit as module
 from art_saliency.evaluation._audit_laboratory import Laboratory
 from art_saliency.evaluation.audit import VERDICTS, AuditBudget, audit, collect_variants
@@ -249,6 +250,72 @@ def test_a_network_without_gradients_is_convicted_and_not_a_crash(data):
     assert {"gradients exist", "gradients beat queries"} <= set(report.reasons)
 
 
+class CutOff(nn.Module):
+    """Has a gradient to the images in train mode alone."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x if self.training else quantised(x).detach())
+
+
+class Beneath(nn.Module):
+    """Cuts the gradient, and publishes the attack that goes around the cut."""
+
+    def forward(self, x):
+        return quantised(x).detach()
+
+    def adaptive_variants(self):
+        return {"around the cut": lambda model, x, y, inner: inner(model[1], x, y)}
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: CutOff(trained("standard")), "train and eval mode agree"),
+        (lambda: nn.Sequential(Beneath(), trained("standard")), "adaptive: around the cut"),
+    ],
+    ids=["train mode", "adaptive"],
+)
+def test_views_that_have_gradients_are_attacked_along_them_though_the_network_has_none(make, reason, data):
+    report = audited(make(), data, 0.1)
+    assert reason in report.reasons
+    left, clean = report.accuracies[reason]["accuracy"], report.accuracies["clean"]["accuracy"]
+    assert left < 0.6 * clean
+    assert report.accuracies["PGD, margin (random starts only: no gradient)"]["accuracy"] > 0.8 * clean
+    assert report.accuracies["FGSM at 1 eps (clean images: no gradient)"]["accuracy"] == clean
+    assert {"PGD, margin", "FGSM at 1 eps"}.isdisjoint(report.accuracies)
+    compared = next(check for check in report.checks if check.name == reason)
+    assert "random starts only" in compared.figure
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_an_attack_of_somebody_elses_making_is_held_to_the_threat_model(data, norm):
+    eps, quick = 0.01, AuditBudget(max_iter=2, restarts=1, long=1, noise_draws=2, square_queries=5)
+    seen = []
+
+    def watched(images):
+        seen.append(images.clone())
+        return images
+
+    model = Before(trained("standard"), watched)
+    x, y = data[0][:100], data[1][:100]
+    lab = Laboratory(model, x, y, ThreatModel(norm, eps), quick, batch_size=100, seed=0)
+    lab.white_box()
+    seen.clear()
+    beyond = {"far": lambda model, x, y, inner: 1 - x, "near": lambda model, x, y, inner: (x + eps / 100).clamp(0, 1)}
+    others.adaptive(lab, beyond)
+    far, near = seen
+    assert float(lab.threat.distance(far, x).max()) <= eps + 1e-6
+    assert torch.equal(near[lab.standing], (x + eps / 100).clamp(0, 1)[lab.standing]), "what is inside stays as it is"
+    with pytest.raises(
+        InputError, match=r"variants\['one'\]: got images of shape \(1, 1, 8, 8\), expected images of shape"
+    ):
+        others.adaptive(lab, {"one": lambda model, x, y, inner: x[:1]})
+
+
 class Stubborn(nn.Module):
     """A layer that publishes an attack of its own."""
 
@@ -408,6 +475,8 @@ def test_transfer_and_autoattack_join_the_evidence(data):
         ({"x": torch.rand(3, 8, 8)}, "x: got"),
         ({"y": torch.tensor([11] * 4)}, "y: got"),
         ({"batch_size": 0}, "batch_size: got 0"),
+        ({"transferred": torch.ones(1, dtype=torch.bool)}, r"transferred: got shape \(1,\), expected \(4,\)"),
+        ({"transferred": torch.ones(4, 1)}, r"transferred: got shape \(4, 1\), expected \(4,\)"),
     ],
 )
 def test_bad_arguments_are_named_and_touch_nothing(change, words):

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from art_saliency.errors import ArtSaliencyError, InputError, MissingDependencyError, UnsupportedModelError
 from art_saliency.evaluation._autoattack_backend import distribution_version, find_backend
 from art_saliency.evaluation._autoattack_memory import weights_sha256
-from art_saliency.evaluation._autoattack_plan import plan_attacks, square_needs
+from art_saliency.evaluation._autoattack_plan import VERSIONS, plan_attacks, square_needs
 from art_saliency.evaluation.autoattack import AutoAttackResult, autoattack
 from art_saliency.threat import ThreatModel
 
@@ -751,6 +751,42 @@ def test_images_that_squares_tiles_overrun_are_refused_before_any_attack(tmp_pat
         ours(model, x, y, norm="L2", state_dir=tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
     ours(model, x, y, norm="L2", version="custom", attacks=["apgd-ce"])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_network_without_gradients_is_named_as_the_cause(trained: Any, version: str) -> None:
+    model, x, y = trained
+    cut = nn.Sequential(Cut(), model)
+    with pytest.raises(UnsupportedModelError, match="model: got logits without a gradient to the images"):
+        ours(cut, x[:4], y[:4], version=version)
+    found = ours(cut, x[:4], y[:4], version="custom", attacks=["square"])
+    assert torch.equal(found.correct, ours(model, x[:4], y[:4], version="custom", attacks=["square"]).correct), (
+        "an attack by queries needs none"
+    )
+
+
+class Cut(nn.Module):
+    """Hands its images on, without a way back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.detach()
+
+
+class Fails(nn.Module):
+    """Has gradients, and breaks at the third pass."""
+
+    passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        if self.passes > 2:
+            raise RuntimeError("the network's own trouble")
+        return x.flatten(1)[:, :10]
+
+
+def test_another_failure_keeps_its_own_words(trained: Any) -> None:
+    with pytest.raises(RuntimeError, match="the network's own trouble"):
+        ours(Fails(), *trained[1:])
 
 
 # ------------------------------------------------------------------------------------------------------- the result

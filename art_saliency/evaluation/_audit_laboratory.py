@@ -53,6 +53,7 @@ class Laboratory:
     :ivar differentiable: Whether logits have a gradient to the images at all.
     :ivar clean: (N,) scores: the share of forward passes in which a clean image is classified right.
     :ivar scores: Those of every attack that counts, clean first, by name: each attack is run once.
+    :ivar without_steps: What those attacks did that found no gradient to follow, by their names.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class Laboratory:
         self.differentiable = self._is_differentiable()
         self.clean = self.score(x)
         self.scores = {"clean": self.clean}
+        self.without_steps: dict[str, str] = {}
+        self._instead: list[str] = []  # what batches of the attack at work were met with
         self.standing = self.clean > 0
 
     def logits(self, x: Tensor) -> Tensor:
@@ -120,10 +123,13 @@ class Laboratory:
         :param attack: (x, y) -> x_adv. :return: (N,) scores, none above the clean one.
         """
         self.bar.set_postfix(attack=name, refresh=True)
+        self._instead.clear()
         x_adv = self.x.clone()
         rows = self.standing.to(self.x.device).nonzero()[:, 0]
         for some in torch.split(rows, self.batch_size):
             x_adv[some] = unbroken(attack(self.x[some], self.y[some]), self.x[some])
+        if self._instead:
+            self.without_steps[name] = self._instead[0]
         return torch.minimum(self.score(x_adv), self.clean) * self.standing
 
     def record(self, name: str, score: Tensor) -> Tensor:
@@ -139,10 +145,14 @@ class Laboratory:
         """:return: (N,) scores :meth:`under` an attack; they are kept, and an attack of that name is not run again."""
         return self.scores[name] if name in self.scores else self.record(name, self.under(name, attack))
 
+    def title(self, name: str) -> str:
+        """:return: What an attack is called in a report: its name, and what it did instead where there was no gradient."""
+        return f"{name} ({self.without_steps[name]}: no gradient)" if name in self.without_steps else name
+
     def strongest(self) -> tuple[str, Tensor]:
         """:return: The two strongest gradient attacks in words, and (N,) the score each image is left with by both."""
         words = f"PGD-{self.budget.max_iter} x {self.restarts} on cross-entropy and margin"
-        return words, self.white_box()
+        return (words if self.differentiable else f"{words} (random starts only: no gradient)"), self.white_box()
 
     def white_box(self) -> Tensor:
         """:return: (N,) the score each image is left with by the two strongest gradient attacks."""
@@ -166,24 +176,33 @@ class Laboratory:
         """
         PGD at the audit's budget, on the network or on another view of it; gradients of a randomised one are averaged.
 
-        A network without gradients is met with random starts only.
+        What is attacked and has no gradients, be it the network or the view, is met with random starts only.
 
         :return: The attack.
         """
         network = self._attacked() if model is None else model
 
-        def attack(x: Tensor, y: Tensor) -> Tensor:
+        def attack_of(steps: int, x: Tensor, y: Tensor) -> Tensor:
             return pgd(
                 network,
                 x,
                 y,
                 threat=self.threat if threat is None else threat,
-                max_iter=(self.budget.max_iter if max_iter is None else max_iter) if self.differentiable else 0,
+                max_iter=steps,
                 restarts=restarts,
                 eps_step=eps_step,
                 loss=loss,
                 random=RandomSource(self.seed, x.device),
             )
+
+        def attack(x: Tensor, y: Tensor) -> Tensor:
+            if model is not None or self.differentiable:
+                try:
+                    return attack_of(self.budget.max_iter if max_iter is None else max_iter, x, y)
+                except UnsupportedModelError:
+                    pass
+            self._instead.append("random starts only")
+            return attack_of(0, x, y)
 
         return attack
 
@@ -193,7 +212,14 @@ class Laboratory:
     def fgsm(self, share: float) -> Attack:
         """:return: One gradient step of a share of the radius, from the image itself."""
         threat = ThreatModel(self.threat.norm, share * self.threat.eps)
-        return lambda x, y: fgsm(self._attacked(), x, y, threat=threat) if self.differentiable else x
+
+        def attack(x: Tensor, y: Tensor) -> Tensor:
+            if self.differentiable:
+                return fgsm(self._attacked(), x, y, threat=threat)
+            self._instead.append("clean images")
+            return x
+
+        return attack
 
     def noise(self, x: Tensor, y: Tensor) -> Tensor:
         """:return: The random perturbation, of several, that raises the loss most; half of them on the ball's rim."""

@@ -132,6 +132,8 @@ def audit(
     fingerprint = sha256_of_tensors({"x": images.cpu(), "y": labels.cpu()})
     found = _of_these(autoattack_result, fingerprint, threat)
     variants = {**collect_variants(model), **(variants or {})}
+    if transferred is not None:
+        transferred = _one_each(transferred, len(images))
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "progress": False}
     needed = square_needs(threat, images)
     square = (
@@ -171,7 +173,7 @@ def audit(
         verdict=VERDICTS[status],
         reasons=[c.name for c in outcome if c.status == status != PASS],
         checks=outcome,
-        accuracies={name: _with_interval(score) for name, score in lab.scores.items()},
+        accuracies={lab.title(name): _with_interval(score) for name, score in lab.scores.items()},
         count=len(images),
         smallest=_smallest_conviction(len(images)),
         eps=threat.eps,
@@ -252,6 +254,15 @@ def _of_these(result: AutoAttackResult | None, fingerprint: str, threat: ThreatM
             "run autoattack() with the same x, y, eps and norm",
         )
     return result
+
+
+def _one_each(transferred: Tensor, count: int) -> Tensor:
+    """:return: (N,) on the CPU."""
+    found = _checks.as_tensor("transferred", transferred).cpu()
+    if found.shape != (count,):
+        remedy = "hand over what attacks transferred to these very images have left"
+        raise _checks.refuse("transferred", f"shape {tuple(found.shape)}", f"({count},), one for each image", remedy)
+    return found
 
 
 def _with_interval(score: Tensor) -> dict[str, Any]:

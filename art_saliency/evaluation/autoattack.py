@@ -33,6 +33,7 @@ from art_saliency.evaluation._autoattack_plan import (
 )
 from art_saliency.evaluation.accuracy import binomial_interval
 from art_saliency.files import sha256_of_tensors
+from art_saliency.gradients import input_gradient
 from art_saliency.threat import ThreatModel
 
 __all__ = ["ATTACKS", "VERSIONS", "AutoAttackResult", "autoattack"]
@@ -151,7 +152,7 @@ def autoattack(
     :param progress: Whether a bar is shown on stderr.
     :return: The result.
     :raises MissingDependencyError: When neither distribution of AutoAttack is installed.
-    :raises UnsupportedModelError: When the network does not return logits.
+    :raises UnsupportedModelError: When the network does not return logits, or they have no gradient and an attack needs one.
     :raises InputError: When an argument is outside what is accepted, or `state_dir` was begun with other settings.
     """
     threat = ThreatModel(norm, _checks.real("eps", eps, above=0))
@@ -192,7 +193,8 @@ def autoattack(
         with _progress_bar(plan, clean, shown=progress) as seen:
             calls = Calls(engine, messages, memory, seen)
             seed_everything(seed)
-            x_adv, y_adv = backend.run(engine, images, targets, batch_size)
+            with _cause_named(model, images[:1].to(home)):
+                x_adv, y_adv = backend.run(engine, images, targets, batch_size)
         correct = _predictions(model, x_adv, home, batch_size) == targets
         doubts = [*_outside(x_adv, images, threat), *_recount(correct, y_adv == targets)]
         if weights_sha256(model) != record["weights_sha256"]:
@@ -254,6 +256,19 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
     if not bool(torch.isfinite(logits).all()):
         raise UnsupportedModelError(f"model: got NaN or infinite logits on clean images, expected {wanted}")
     return logits
+
+
+@contextmanager
+def _cause_named(model: nn.Module, x: Tensor) -> Iterator[None]:
+    """Where AutoAttack fails on a network whose logits have no gradient to the images, say so; it asks for one itself."""
+    try:
+        yield
+    except RuntimeError:
+        # Looked into afterwards alone: one more pass beforehand would move the noise of a network that keeps a generator.
+        with torch.enable_grad():
+            probe = x.detach().requires_grad_(True)
+            input_gradient(model(probe).sum(), probe)
+        raise
 
 
 def _predictions(model: nn.Module, x: Tensor, device: torch.device, batch_size: int) -> Tensor:
