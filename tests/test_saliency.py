@@ -18,6 +18,7 @@ from torch import nn
 from art_saliency.errors import InputError, UnsupportedModelError
 from art_saliency.evaluation import saliency as everything
 from art_saliency.evaluation import saliency_maps, saliency_metrics, saliency_sanity
+from art_saliency.evaluation.figures import saliency_panel
 from art_saliency.evaluation.saliency import (
     METRICS,
     consensus,
@@ -706,3 +707,19 @@ def test_unit_maps_touch_one_and_keep_zero():
     maps = torch.cat([1e-20 * torch.rand(1, 1, 3, 3), torch.zeros(1, 1, 3, 3)])
     found = unit_maps(importance(maps))
     assert found.amax((1, 2, 3)).tolist() == [1, 0]
+
+
+def test_a_panel_does_not_call_two_maps_of_nothing_alike(monkeypatch, tmp_path):
+    """Logits that are certain in float32 have a loss without a gradient: a cosine of 1 would read as perfect agreement."""
+    from matplotlib.axes import Axes
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    with torch.no_grad():
+        model[1].weight.zero_()
+        model[1].weight[0] = 1000
+    x = torch.full((2, 1, 4, 4), 0.5)
+    x[1] = 0
+    titles, title = [], Axes.set_title
+    monkeypatch.setattr(Axes, "set_title", lambda self, text, **rest: titles.append(text) or title(self, text, **rest))
+    saliency_panel(model, x, x, torch.zeros(2, dtype=torch.long), tmp_path / "panel.png", title="t")
+    assert [text for text in titles if "→" not in text] == ["a map is 0", "cos 1.00"]

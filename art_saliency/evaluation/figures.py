@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from art_saliency import _checks
 from art_saliency.evaluation.saliency_maps import loss_saliency, unit_maps
-from art_saliency.gradients import cosine, importance
+from art_saliency.evaluation.saliency_metrics import consensus
+from art_saliency.gradients import importance
 from art_saliency.modes import evaluating
 
-__all__ = ["saliency_panel", "show"]
+__all__ = ["likeness", "saliency_panel", "show"]
 
 
 def show(axis: Any, image: Tensor, title: str | None = None, **options: Any) -> None:
@@ -27,6 +29,11 @@ def show(axis: Any, image: Tensor, title: str | None = None, **options: Any) -> 
         side.set_visible(False)
     if title is not None:
         axis.set_title(title, fontsize=8, pad=2)
+
+
+def likeness(agreement: float) -> str:
+    """:return: The :func:`~art_saliency.evaluation.saliency_metrics.consensus` of two maps, as a figure says it."""
+    return f"cos {agreement:.2f}" if math.isfinite(agreement) else "a map is 0"
 
 
 def saliency_panel(
@@ -54,7 +61,7 @@ def saliency_panel(
     with evaluating(model), torch.no_grad():
         predicted = [model(images).argmax(1).tolist() for images in (x, x_adv)]
     gradients = [loss_saliency(model, images, y) for images in (x, x_adv)]
-    agreement = cosine(*gradients)
+    agreement = consensus(*gradients)
     name = (lambda k: classes[k]) if classes is not None else str
     columns = len(x)
     figure = Figure(figsize=(1.15 * columns + 1.1, 5.9), dpi=160)
@@ -68,7 +75,7 @@ def saliency_panel(
             show(axes[row][column], images[column], f"→ {name(predicted[row][column])}", vmin=0, vmax=1, cmap="gray")
             axes[row][column].title.set_color("#b00020" if wrong else "#1b5e20")
         for row, maps_of_row in enumerate(maps, start=2):
-            text = f"cos {float(agreement[column]):.2f}" if row == 3 else None
+            text = likeness(float(agreement[column])) if row == 3 else None
             show(axes[row][column], maps_of_row[column], text, vmin=0, vmax=1, cmap="magma")
     for row, text in enumerate(rows):
         axes[row][0].set_ylabel(text, fontsize=8, rotation=0, ha="right", va="center", labelpad=6)

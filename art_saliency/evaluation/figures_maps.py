@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from art_saliency import _checks
-from art_saliency.evaluation.figures import show
+from art_saliency.evaluation.figures import likeness, show
 from art_saliency.evaluation.saliency_maps import unit_maps
 from art_saliency.evaluation.saliency_metrics import consensus
 from art_saliency.files import write_file
@@ -81,10 +80,9 @@ def maps_panel(
         for column, (name, both) in enumerate(maps.items(), start=1):
             axis = axis_at(image, version, column)
             agreement = float(consensus(*(some[image : image + 1] for some in both)))
-            likeness = f"cos {agreement:.2f}" if math.isfinite(agreement) else "a map is 0"
             head = _two_lines(name) if image == 0 and not version else None
             picture = unit_maps(importance(both[version][image : image + 1]))[0]
-            show(axis, picture, likeness if version else head, vmin=0, vmax=1, cmap="magma")
+            show(axis, picture, likeness(agreement) if version else head, vmin=0, vmax=1, cmap="magma")
     figure.suptitle(title, fontsize=10, y=1 - 0.1 / height, va="top")
     figure.text(0.5, 0.05 / height, "\n".join(note), fontsize=6, ha="center", va="bottom")
     target = Path(path)
