@@ -19,7 +19,7 @@ from art_saliency.data import load_data
 from art_saliency.errors import CheckpointError, InputError
 from art_saliency.evaluation import report as module
 from art_saliency.evaluation.audit import AuditBudget
-from art_saliency.evaluation.figures_report import loss_surface
+from art_saliency.evaluation.figures_report import distance_surface, loss_surface, loss_surface_figure
 from art_saliency.evaluation.report import STEPS, full_report
 from art_saliency.networks import build_network
 from art_saliency.threat import ThreatModel
@@ -145,6 +145,31 @@ def test_a_loss_surface_is_the_margin_at_its_places():
     assert abs(float(places[middle])) < 1e-6
     torch.testing.assert_close(surface[middle], 1.0 + 0.1 * places * 10)  # -w.x = 1 at x = 1/2; ||w||_1 = 10
     assert surface.shape == (len(places), len(places))
+
+
+def test_the_ball_in_a_loss_surface_is_a_diamond_or_an_ellipse_and_not_a_square(monkeypatch, tmp_path):
+    """Worked out from the two directions alone: |a| + |b| for signs, which agree somewhere and differ somewhere else."""
+    from matplotlib.axes import Axes
+
+    torch.manual_seed(1)  # the random direction's seed is 0
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3))
+    x, y = torch.full((1, 3, 4, 4), 0.5), torch.tensor([0])
+    drawn = []
+    monkeypatch.setattr(Axes, "contour", lambda self, *given, **options: drawn.append((*given, options["levels"])))
+    for norm in ("Linf", "L2"):
+        threat = ThreatModel(norm, 0.1)
+        places, distances = distance_surface(model, x, y, threat=threat)
+        across, along = places[:, None].double(), places[None, :].double()
+        if norm == "Linf":
+            expected = across.abs() + along.abs()
+        else:
+            corner = float(distances[-1, -1]) ** 2  # 4 + 4 + 8 cos: what is left to know is the directions' angle
+            expected = (across**2 + along**2 + 2 * across * along * (corner - 8) / 8).clamp_min(0).sqrt()
+            assert abs(corner - 8) < 4
+        torch.testing.assert_close(distances.double(), expected, atol=1e-4, rtol=0)
+        loss_surface_figure(model, x, y, tmp_path / "surface.png", threat=threat, title="t")
+        assert torch.equal(drawn[-1][2], distances)
+        assert drawn[-1][3] == [1.0]
 
 
 # --- the command ----------------------------------------------------------------------------------------------------------

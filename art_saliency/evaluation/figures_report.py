@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from art_saliency.modes import evaluating
 from art_saliency.randomness import RandomSource, uniform
 from art_saliency.threat import ThreatModel
 
-__all__ = ["accuracy_curve", "loss_surface", "loss_surface_figure", "side_by_side", "waterfall"]
+__all__ = ["accuracy_curve", "distance_surface", "loss_surface", "loss_surface_figure", "side_by_side", "waterfall"]
 
 _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")  # told apart without colour
 _GRID = 21  # points along each direction of a loss surface
@@ -134,15 +134,37 @@ def loss_surface(
     :param seed: Of the random direction.
     :return: (G,) places in units of eps, and (G, G) margins: rows along the random direction, columns along the gradient's.
     """
+    places, images = _plane(model, x, y, threat, reach, seed)
     with evaluating(model), torch.no_grad():
-        gradient = threat.ascent_direction(loss_saliency(model, x, y))
-        random = threat.ascent_direction(uniform(x, RandomSource(seed, x.device)) - 0.5)
-        places = torch.linspace(-reach, reach, _GRID, device=x.device, dtype=x.dtype)
-        rows = []
-        for across in places:
-            moved = x + threat.eps * (across * random + places.view(-1, 1, 1, 1) * gradient)
-            rows.append(margin(model(moved.clamp(0, 1)), y.expand(_GRID)))
+        rows = [margin(model(row), y.expand(_GRID)) for row in images]
     return places.cpu(), torch.stack(rows).cpu()
+
+
+def distance_surface(
+    model: nn.Module, x: Tensor, y: Tensor, *, threat: ThreatModel, reach: float = 2.0, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """
+    How far the images of :func:`loss_surface` lie from the one in the middle: at 1 runs the boundary of the ball.
+
+    Of two sign directions it cuts a diamond, of two unit vectors an ellipse; more, where pixels end at 0 or 1.
+
+    :return: (G,) places and (G, G) distances in the threat model's norm, both in units of eps. The parameters are those of
+        :func:`loss_surface`.
+    """
+    places, images = _plane(model, x, y, threat, reach, seed)
+    rows = [threat.distance(row, x) / threat.eps for row in images]
+    return places.cpu(), torch.stack(rows).cpu()
+
+
+def _plane(
+    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, reach: float, seed: int
+) -> tuple[Tensor, Iterator[Tensor]]:
+    """:return: (G,) places, and row by row along the random direction the images (G, C, H, W) along the gradient's."""
+    gradient = threat.ascent_direction(loss_saliency(model, x, y))
+    random = threat.ascent_direction(uniform(x, RandomSource(seed, x.device)) - 0.5)
+    places = torch.linspace(-reach, reach, _GRID, device=x.device, dtype=x.dtype)
+    rows = (x + threat.eps * (across * random + places.view(-1, 1, 1, 1) * gradient) for across in places)
+    return places, (row.clamp(0, 1) for row in rows)
 
 
 def loss_surface_figure(
@@ -156,7 +178,7 @@ def loss_surface_figure(
     seed: int = 0,
 ) -> Path:
     """
-    Draw :func:`loss_surface` of a few images; the decision boundary is the thick line, the ball the dashed square.
+    Draw :func:`loss_surface` of a few images; the decision boundary is the thick line, that of the ball the dashed one.
 
     A smooth slope towards the gradient's side is what an attack climbs; a jagged one, or a plateau, misleads it.
 
@@ -167,11 +189,14 @@ def loss_surface_figure(
     for column in range(len(x)):
         show(panels[0][column], x[column], f"class {int(y[column])}", vmin=0, vmax=1, cmap="gray")
         axis = panels[1][column]
-        places, surface = loss_surface(model, x[column : column + 1], y[column : column + 1], threat=threat, seed=seed)
+        one: Any = {"x": x[column : column + 1], "y": y[column : column + 1], "threat": threat, "seed": seed}
+        places, surface = loss_surface(model, **one)
+        _, distances = distance_surface(model, **one)
         field = axis.contourf(places, places, surface, levels=15, cmap="viridis")
         if float(surface.min()) < 0 < float(surface.max()):
             axis.contour(places, places, surface, levels=[0.0], colors="white", linewidths=2)
-        axis.plot((-1, 1, 1, -1, -1), (-1, -1, 1, 1, -1), color="black", lw=0.9, ls="--")
+        if float(distances.max()) > 1:  # else no direction leads anywhere
+            axis.contour(places, places, distances, levels=[1.0], colors="black", linewidths=0.9, linestyles="--")
         axis.set_xlabel("gradient, eps", fontsize=7)
         if column == 0:
             axis.set_ylabel("random, eps", fontsize=7)
