@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -268,6 +269,19 @@ class _Rooted(nn.Module):
     def forward(self, x):
         light = x.sqrt().flatten(1).sum(1)
         return torch.stack([light, 9 - light], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused_with_the_cure_and_autocast_is_not(trained, sample, dtype):
+    x, y = sample
+    half = copy.deepcopy(trained).to(dtype)
+    for measure in (accuracy, lambda *given: pgd_accuracy(*given, threat=LINF)):
+        with pytest.raises(
+            UnsupportedModelError, match=rf"^model: got a network of {dtype}, expected torch.float32: .*\.float\(\)$"
+        ):
+            measure(half, x.to(dtype), y)
+    with torch.autocast("cpu", dtype):
+        assert abs(accuracy(trained, x, y) - accuracy(half.float(), x, y)) < 0.05
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])

@@ -14,7 +14,7 @@ from torch import nn
 
 from art_saliency.attacks import pgd
 from art_saliency.data import load_data, to_unit
-from art_saliency.errors import InputError
+from art_saliency.errors import InputError, UnsupportedModelError
 from art_saliency.evaluation import _audit_gradients as gradients
 from art_saliency.evaluation import _audit_others as others
 from art_saliency.evaluation import audit as module
@@ -22,6 +22,7 @@ from art_saliency.evaluation._audit_laboratory import Laboratory
 from art_saliency.evaluation.audit import VERDICTS, AuditBudget, audit, collect_variants
 from art_saliency.evaluation.autoattack import autoattack
 from art_saliency.evaluation.paired import paired_difference
+from art_saliency.evaluation.transfer import transfer
 from art_saliency.networks import build_network
 from art_saliency.threat import ThreatModel
 from art_saliency.trainers.methods import TRAINERS
@@ -316,6 +317,33 @@ def test_an_attack_of_somebody_elses_making_is_held_to_the_threat_model(data, no
         others.adaptive(lab, {"one": lambda model, x, y, inner: x[:1]})
 
 
+class OneClass(nn.Module):
+    """A network that has collapsed: no image in the pixel range is of another class."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(64, 10)
+        with torch.no_grad():
+            self.out.weight.mul_(0.01)
+            self.out.bias[3] = 5
+
+    def forward(self, x):
+        return self.out(x.flatten(1))
+
+
+def test_a_network_that_gives_one_class_to_every_image_has_nothing_that_larger_balls_must_find():
+    x, y, quick = torch.rand(100, 1, 8, 8), torch.full((100,), 3), AuditBudget(5, 1, 2, 2, 10)
+    report = audit(OneClass(), x, y, eps=0.1, budget=quick, progress=False)
+    check = next(check for check in report.checks if check.name == "accuracy falls to 0 as eps grows")
+    assert (report.verdict, check.status) == (CONSISTENT, "not run")
+    assert "one class to every image" in check.figure
+    x[0] = 0.0  # the same, but for an answer on one image that shows what every ball of the whole range holds
+    seen = Before(OneClass(), lambda x: x)
+    seen.model.out.register_forward_hook(lambda _, given, z: torch.where((given[0].sum(1) == 0)[:, None], -z, z))
+    report = audit(seen, x, y, eps=0.1, budget=quick, progress=False)
+    assert "accuracy falls to 0 as eps grows" in report.reasons
+
+
 class Stubborn(nn.Module):
     """A layer that publishes an attack of its own."""
 
@@ -465,6 +493,71 @@ def test_transfer_and_autoattack_join_the_evidence(data):
         audit(model, x[:30], y[:30], autoattack_result=found, **options)
     with pytest.raises(InputError, match=r"eps 0\.1"):
         audit(model, x, y, autoattack_result=found, **{**options, "eps": 0.2})
+
+
+def test_a_fingerprint_does_not_depend_on_the_form_of_the_pixels():
+    """Bytes, float32 and float64 of the same images, the result of one of them handed to the audit of another."""
+
+    class Halves(nn.Module):  # without weights, and so without a type
+        def forward(self, x):
+            return torch.stack([x[..., :4].sum((1, 2, 3)), x[..., 4:].sum((1, 2, 3))], 1)
+
+    model, quick = Halves(), AuditBudget(max_iter=2, restarts=1, long=1, noise_draws=2, square_queries=2)
+    images = torch.randint(0, 256, (10, 1, 8, 8), dtype=torch.uint8)
+    y = model(images.float()).argmax(1)
+    forms = (images, images.float() / 255, images.double() / 255)
+    results = [autoattack(model, x, y, eps=0.01, version="custom", attacks=["square"], progress=False) for x in forms]
+    for x in forms:
+        for result in results:
+            report = audit(model, x, y, eps=0.01, autoattack_result=result, budget=quick, progress=False)
+            assert report.data_sha256 == results[1].data_sha256
+    moved = transfer(model, images, y, surrogates={"itself": model}, threat=ThreatModel("Linf", 0.01), max_iter=1)
+    assert moved.data_sha256 == results[1].data_sha256
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_too_few_images_are_said_to_be_too_few(data, count):
+    quick = AuditBudget(max_iter=2, restarts=1, long=1, noise_draws=2, square_queries=2)
+    model = trained("standard")
+    x = data[0][:count]
+    report = audit(model, x, model.eval()(x).argmax(1), eps=0.01, budget=quick, progress=False)
+    assert report.verdict == f"too few images to tell; {CONSISTENT}"
+    assert f"**Verdict: {report.verdict}**" in report.to_markdown()
+
+
+class View(nn.Module):
+    """Cannot reshape a batch of no images."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.out(x.view(len(x), -1))
+
+
+def test_nothing_right_is_too_few_and_no_attack_is_run(data):
+    quick = AuditBudget(max_iter=2, restarts=1, long=1, noise_draws=2, square_queries=2)
+    x, model = data[0][:100], View()
+    report = audit(model, x, (model(x).argmax(1) + 1) % 10, eps=0.1, budget=quick, progress=False)
+    assert report.verdict == f"too few images to tell; {CONSISTENT}"
+    assert all(row["accuracy"] == 0 for row in report.accuracies.values())
+
+
+def test_the_widest_radius_is_that_of_the_pixel_range(data):
+    quick = AuditBudget(max_iter=2, restarts=1, long=1, noise_draws=2, square_queries=2)
+    x, y = data[0][:4], data[1][:4]
+    audit(trained("standard"), x, y, eps=8, norm="L2", budget=quick, progress=False)
+    with pytest.raises(InputError, match=r"eps: got 8\.5, expected 0 < eps <= 8; no two images"):
+        audit(trained("standard"), x, y, eps=8.5, norm="L2", budget=quick, progress=False)
+
+
+def test_a_network_of_float64_is_refused_with_the_cure(data):
+    model = View().double()
+    with pytest.raises(
+        UnsupportedModelError, match=r"model: got a network of torch.float64.*convert it with .float\(\)"
+    ):
+        audit(model, data[0][:4].double(), data[1][:4], eps=0.1, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -784,6 +784,13 @@ class Fails(nn.Module):
         return x.flatten(1)[:, :10]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_networks_of_another_type_are_refused_with_the_cure(trained: Any, dtype: torch.dtype) -> None:
+    model, x, y = trained
+    with pytest.raises(UnsupportedModelError, match=rf"model: got a network of {dtype}, .*convert it with .float\(\)"):
+        ours(copy.deepcopy(model).to(dtype), x.to(dtype), y)
+
+
 def test_another_failure_keeps_its_own_words(trained: Any) -> None:
     with pytest.raises(RuntimeError, match="the network's own trouble"):
         ours(Fails(), *trained[1:])

@@ -51,6 +51,7 @@ class Laboratory:
     :param x: (N, C, H, W) where the network is. :param y: (N,).
     :ivar randomised: Whether two forward passes of the same images differ.
     :ivar differentiable: Whether logits have a gradient to the images at all.
+    :ivar answers: How many classes the network gives to the clean images, each counted once.
     :ivar clean: (N,) scores: the share of forward passes in which a clean image is classified right.
     :ivar scores: Those of every attack that counts, clean first, by name: each attack is run once.
     :ivar without_steps: What those attacks did that found no gradient to follow, by their names.
@@ -77,6 +78,7 @@ class Laboratory:
         self.spread = _relative(first, second)
         self.randomised = self.spread > 1e-4  # AutoAttack's own threshold
         self.gap = float((first.topk(2, dim=1).values @ first.new_tensor([1.0, -1.0])).abs().median())
+        self.answers = len(torch.unique(first[torch.isfinite(first).all(1)].argmax(1)))
         self.restarts, self.long = (1, 2) if self.randomised else (budget.restarts, budget.long)
         self.differentiable = self._is_differentiable()
         self.clean = self.score(x)
@@ -126,7 +128,8 @@ class Laboratory:
         self._instead.clear()
         x_adv = self.x.clone()
         rows = self.standing.to(self.x.device).nonzero()[:, 0]
-        for some in torch.split(rows, self.batch_size):
+        # Where none stands the split is one batch of no images, on which many a network fails.
+        for some in torch.split(rows, self.batch_size) if len(rows) else ():
             x_adv[some] = unbroken(attack(self.x[some], self.y[some]), self.x[some])
         if self._instead:
             self.without_steps[name] = self._instead[0]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from art_saliency import _checks
 from art_saliency.data import to_unit
+from art_saliency.errors import UnsupportedModelError
 from art_saliency.modes import evaluating
 from art_saliency.randomness import global_generators_kept
 
@@ -32,20 +33,47 @@ def checked(model: nn.Module, x: Any, y: Any) -> tuple[Tensor, Tensor]:
 
     :param x: (N, C, H, W) in [0, 1], or uint8. :param y: (N,), or one-hot rows.
     :return: The images as they are, and the labels as (N,) int64.
+    :raises UnsupportedModelError: When the network's weights are of half precision; under autocast float32 ones stay.
     """
     x = _checks.images(x, allow_uint8=True)
-    first = pixels(x[:1], home_of(model, x))
+    home = home_of(model, x)
+    refuse_half(home)
+    first = pixels(x[:1], home)
     # A network that draws random numbers must not move the caller's generator by being asked for its classes.
     with evaluating(model), torch.no_grad(), global_generators_kept():
         classes = model(first).shape[1]
     return x, _checks.labels(y, len(x), classes, soft=False)
 
 
+def refuse_half(home: Tensor) -> None:
+    """Refuse a network of half precision by name. :param home: See :func:`home_of`."""
+    if home.dtype in (torch.float16, torch.bfloat16):
+        raise _of_another_type(home, "the steps of an attack are lost in its rounding")
+
+
+def refuse_double(home: Tensor) -> None:
+    """Refuse a network of double precision by name, where AutoAttack is to be run. :param home: See :func:`home_of`."""
+    if home.dtype == torch.float64:
+        raise _of_another_type(home, "AutoAttack makes images of that")
+
+
+def _of_another_type(home: Tensor, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"model: got a network of {home.dtype}, expected torch.float32: {why}; convert it with .float()"
+    )
+
+
 def placed(model: nn.Module, x: Any, y: Any) -> tuple[Tensor, Tensor]:
-    """:return: :func:`checked` images and labels, brought to where the network is; all of them at once."""
+    """
+    :func:`checked` images and labels, brought to where the network is; all of them at once.
+
+    Bytes become pixels on the CPU, since a GPU divides by 255 to other bits, and fingerprints are taken of the outcome.
+
+    :return: Images of float32, or of float64 for a network of it, and labels.
+    """
     images, labels = checked(model, x, y)
-    home = home_of(model, images)
-    return pixels(images, home).contiguous(), labels.to(home.device)
+    home = home_of(model, images[:0].float())
+    return pixels(to_unit(images.cpu()), home).contiguous(), labels.to(home.device)
 
 
 def unbroken(x_adv: Tensor, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from art_saliency.evaluation._audit_laboratory import AuditBudget, Laboratory
 from art_saliency.evaluation._autoattack_guard import process_kept, seed_everything
 from art_saliency.evaluation._autoattack_memory import weights_sha256
 from art_saliency.evaluation._autoattack_plan import square_needs
-from art_saliency.evaluation._inputs import placed
+from art_saliency.evaluation._inputs import placed, refuse_double
 from art_saliency.evaluation.accuracy import binomial_interval
 from art_saliency.evaluation.autoattack import AutoAttackResult, autoattack
 from art_saliency.evaluation.paired import paired_difference
@@ -32,7 +32,7 @@ from art_saliency.evaluation.transfer import transfer
 from art_saliency.files import sha256_of_tensors
 from art_saliency.threat import ThreatModel
 
-__all__ = ["VERDICTS", "AuditBudget", "AuditReport", "Check", "audit", "collect_variants"]
+__all__ = ["TOO_FEW", "VERDICTS", "AuditBudget", "AuditReport", "Check", "audit", "check_radius", "collect_variants"]
 
 VERDICTS = {
     PASS: "consistent with true robustness",
@@ -47,7 +47,8 @@ class AuditReport:
     """
     What an audit found.
 
-    :ivar verdict: A value of :data:`VERDICTS`. :ivar reasons: Names of the checks that decided it; empty when none did.
+    :ivar verdict: A value of :data:`VERDICTS`, after :data:`TOO_FEW` where fewer images are right than the smallest difference that
+        convicts, unless the gradients alone do. :ivar reasons: Names of the checks that decided it; empty when none did.
     :ivar checks: All of them. :ivar accuracies: Accuracy under each attack that ran, 0 to 1, with its 95 % interval.
     :ivar count: Images. :ivar smallest: The smallest difference, 0 to 1, that could have convicted with so many images.
     :ivar eps: In units of the [0, 1] pixel range. :ivar norm: ``"Linf"`` or ``"L2"``.
@@ -87,6 +88,9 @@ class AuditReport:
         return "\n".join(lines)
 
 
+TOO_FEW = "too few images to tell"
+"""What a verdict says first that no comparison of attacks could have turned into a conviction."""
+
 _CAUTION = "'Consistent' means that no sign of masking was found, which no set of attacks turns into a proof."
 
 
@@ -122,6 +126,7 @@ def audit(
     :param budget: How hard to try. :param batch_size: Images at once. :param seed: Of everything random.
     :param progress: Whether a bar is shown on stderr.
     :return: The report.
+    :raises UnsupportedModelError: When the network's weights are not float32.
     :raises MissingDependencyError: When no distribution of AutoAttack is installed: Square is its authors'.
     """
     threat = ThreatModel(norm, _checks.real("eps", eps, above=0))
@@ -129,6 +134,8 @@ def audit(
     _checks.whole("seed", seed)
     budget, began = budget or AuditBudget(), time.perf_counter()
     images, labels = placed(model, x, y)
+    refuse_double(images)
+    check_radius(threat, images)
     fingerprint = sha256_of_tensors({"x": images.cpu(), "y": labels.cpu()})
     found = _of_these(autoattack_result, fingerprint, threat)
     variants = {**collect_variants(model), **(variants or {})}
@@ -169,13 +176,15 @@ def audit(
             outcome += step(lab)
             bar.update()
     status = next((s for s in (MASKED, SUSPICIOUS) if s in [c.status for c in outcome]), PASS)
+    smallest = _smallest_conviction(len(images))
+    too_few = status != MASKED and float(lab.clean.mean()) < smallest
     return AuditReport(
-        verdict=VERDICTS[status],
+        verdict=f"{TOO_FEW}; {VERDICTS[status]}" if too_few else VERDICTS[status],
         reasons=[c.name for c in outcome if c.status == status != PASS],
         checks=outcome,
         accuracies={lab.title(name): _with_interval(score) for name, score in lab.scores.items()},
         count=len(images),
-        smallest=_smallest_conviction(len(images)),
+        smallest=smallest,
         eps=threat.eps,
         norm=norm,
         budget=asdict(budget),
@@ -254,6 +263,12 @@ def _of_these(result: AutoAttackResult | None, fingerprint: str, threat: ThreatM
             "run autoattack() with the same x, y, eps and norm",
         )
     return result
+
+
+def check_radius(threat: ThreatModel, images: Tensor) -> None:
+    """Refuse a radius beyond the pixel range's diameter, (N, C, H, W) given: every radius of a curve would be the same."""
+    whole = gradients.diameter(threat, images)
+    _checks.real("eps", threat.eps, most=whole, above=0, remedy="no two images of that size are further apart")
 
 
 def _one_each(transferred: Tensor, count: int) -> Tensor:

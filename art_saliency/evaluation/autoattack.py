@@ -31,6 +31,7 @@ from art_saliency.evaluation._autoattack_plan import (
     check_images_fit,
     plan_attacks,
 )
+from art_saliency.evaluation._inputs import home_of, refuse_double, refuse_half
 from art_saliency.evaluation.accuracy import binomial_interval
 from art_saliency.files import sha256_of_tensors
 from art_saliency.gradients import input_gradient
@@ -152,7 +153,8 @@ def autoattack(
     :param progress: Whether a bar is shown on stderr.
     :return: The result.
     :raises MissingDependencyError: When neither distribution of AutoAttack is installed.
-    :raises UnsupportedModelError: When the network does not return logits, or they have no gradient and an attack needs one.
+    :raises UnsupportedModelError: When the network's weights are not float32, when it does not return logits, or when these have
+        no gradient to the images and an attack needs one.
     :raises InputError: When an argument is outside what is accepted, or `state_dir` was begun with other settings.
     """
     threat = ThreatModel(norm, _checks.real("eps", eps, above=0))
@@ -163,7 +165,9 @@ def autoattack(
     backend, messages, began = find_backend(), Messages(), time.perf_counter()
     with process_kept(model, backend.counter):
         # On the CPU, from where AutoAttack moves batches, and contiguous: it takes views.
-        images = to_unit(_checks.images(x, allow_uint8=True)).cpu().float().contiguous()
+        images = to_unit(_checks.images(x, allow_uint8=True).cpu()).float().contiguous()
+        refuse_double(home_of(model, images))
+        refuse_half(home_of(model, images))
         home = _home(model, device)
         seed_everything(seed)
         logits = _logits(model, images[:batch_size].to(home))

@@ -183,7 +183,7 @@ def transfer(
     _checks.whole("max_iter", max_iter)
     step = 2.5 * threat.eps / max(max_iter, 1) if eps_step is None else _checks.real("eps_step", eps_step, least=0)
     images, targets = checked(model, x, y)
-    home = home_of(model, images)
+    home, images = home_of(model, images), to_unit(images.cpu())  # a GPU divides by 255 to other bits than are hashed
     sources = _sources(model, surrogates, pixels(images[:1], home))
     random = {(source, attack): RandomSource(seed, home.device) for source in sources for attack in names}
     found = {pair: [0, 0] for pair in random}
@@ -227,7 +227,7 @@ def transfer(
         batch_size=batch_size,
         weights_sha256=weights_sha256(model),
         surrogates_sha256={name: weights_sha256(network) for name, network in surrogates.items()},
-        data_sha256=sha256_of_tensors({"x": to_unit(images).float(), "y": targets}),
+        data_sha256=sha256_of_tensors({"x": images.float(), "y": targets}),
         versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         seconds=time.perf_counter() - began,
     )
