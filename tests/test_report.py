@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -16,11 +17,13 @@ from PIL import Image
 from art_saliency.cli import main
 from art_saliency.cli._side_by_side import compare
 from art_saliency.data import load_data
-from art_saliency.errors import CheckpointError, InputError
+from art_saliency.errors import CheckpointError, InputError, UnsupportedModelError
 from art_saliency.evaluation import report as module
+from art_saliency.evaluation._report_page import Subject
 from art_saliency.evaluation.audit import AuditBudget
 from art_saliency.evaluation.figures_report import distance_surface, loss_surface, loss_surface_figure
 from art_saliency.evaluation.report import STEPS, full_report
+from art_saliency.evaluation.report_text import markdown
 from art_saliency.networks import build_network
 from art_saliency.threat import ThreatModel
 from tests.helpers import plainly_trained, spell, write_few_digits
@@ -131,6 +134,42 @@ def test_a_report_that_cannot_take_its_place_leaves_the_old_one(report, tmp_path
         report.write(folder, force=True)
     assert {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+def test_what_was_done_is_said_as_it_was_done(report, tmp_path, monkeypatch):
+    """The audit's budget, not the usual one, is in words and titles; a mean says of what."""
+    titles = []
+    monkeypatch.setattr(module.draw, "accuracy_curve", lambda _, path, **said: titles.append(said["title"]) or path)
+    figures = report.draw_figures(tmp_path)
+    text = markdown(report.page, [path.relative_to(tmp_path) for path in figures])
+    assert f"PGD-{QUICK.max_iter})" in titles[0]
+    assert f"The worst of PGD-{QUICK.max_iter} on cross-entropy" in text
+    assert "PGD-50" not in text + titles[0]
+    assert f"| corruptions, mean of {len(report.page['corruptions']['corruptions'])} " in text
+
+
+def test_arrays_are_measured_in_batches_of_the_size_asked_for(network, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(module, "array_corruption_accuracy", lambda *_, **options: asked.update(options))
+    model, x, y = network
+    module._from_arrays(Subject(model, x, y, ThreatModel("Linf", 0.1), 7, 0, False), "folder")
+    assert asked["batch_size"] == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm": "L2", "eps": 9}, "eps: got 9, expected 0 < eps <= 8"),
+        ({"double": True}, "model: got a network of torch.float64"),
+    ],
+)
+def test_what_a_part_would_refuse_in_the_end_is_refused_at_once(network, monkeypatch, change, message):
+    model, x, y = network
+    monkeypatch.setattr(module, "accuracy", lambda *_, **__: pytest.fail("something was measured"))
+    options = {"eps": 0.1, **change}
+    model = copy.deepcopy(model).double() if options.pop("double", False) else model
+    with pytest.raises((InputError, UnsupportedModelError), match=message):
+        full_report(model, x, y, progress=False, **options)
 
 
 def test_a_loss_surface_is_the_margin_at_its_places():

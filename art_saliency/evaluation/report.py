@@ -18,10 +18,11 @@ from art_saliency import _checks
 from art_saliency._version import __version__
 from art_saliency.attacks import AdaptiveAttack, pgd
 from art_saliency.evaluation import figures_report as draw
-from art_saliency.evaluation._inputs import placed
+from art_saliency.evaluation._audit_gradients import curve_steps
+from art_saliency.evaluation._inputs import placed, refuse_double
 from art_saliency.evaluation._report_page import Subject, page_of, row
 from art_saliency.evaluation.accuracy import accuracy, pgd_accuracy
-from art_saliency.evaluation.audit import AuditBudget, AuditReport, audit
+from art_saliency.evaluation.audit import AuditBudget, AuditReport, audit, check_radius
 from art_saliency.evaluation.autoattack import AutoAttackResult, autoattack
 from art_saliency.evaluation.corruption_arrays import array_corruption_accuracy
 from art_saliency.evaluation.corruptions import CorruptionResult, corruption_accuracy
@@ -123,6 +124,8 @@ def full_report(
     some = slice(0, _checks.whole("audit_images", audit_images, least=1))
     few = slice(0, _checks.whole("saliency_images", saliency_images, least=1))
     of = Subject(model, *placed(model, x, y), threat, batch_size, seed, progress)
+    refuse_double(of.x)
+    check_radius(threat, of.x)
     ball: dict[str, Any] = {"eps": eps, "norm": norm}
     with _parts(progress, 7) as part:
         plain = part("clean and PGD", lambda: _plain(of))
@@ -206,7 +209,11 @@ def _corruptions(of: Subject, wanted: bool) -> CorruptionResult | None:
 
 
 def _from_arrays(of: Subject, folder: str | Path | None) -> CorruptionResult | None:
-    return None if folder is None else array_corruption_accuracy(of.model, folder, progress=of.progress)
+    return (
+        None
+        if folder is None
+        else array_corruption_accuracy(of.model, folder, batch_size=of.batch_size, progress=of.progress)
+    )
 
 
 def _figures(folder: Path, of: Subject, x_adv: Tensor, page: dict[str, Any]) -> list[Path]:
@@ -226,7 +233,7 @@ def _figures(folder: Path, of: Subject, x_adv: Tensor, page: dict[str, Any]) -> 
         draw.accuracy_curve(
             curve("accuracy_against_eps"),
             folder / "accuracy_against_eps.png",
-            title=f"{name}: accuracy against the radius ({page['data']}, PGD-50)",
+            title=f"{name}: accuracy against the radius ({page['data']}, PGD-{curve_steps(page['audit']['budget']['max_iter'])})",
             label=f"{threat.norm} eps",
             marked=threat.eps,
         ),

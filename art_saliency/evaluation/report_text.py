@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from art_saliency.evaluation._audit_gradients import curve_steps
 from art_saliency.evaluation.table import markdown_table, percent
 
 __all__ = ["interval", "markdown"]
 
 _CAPTIONS = {
     "waterfall": "What is left after each of AutoAttack's attacks in turn, with 95 % intervals.",
-    "accuracy_against_eps": "The worst of PGD-50 on cross-entropy and on margin; the dashed line is the radius of this report.",
+    "accuracy_against_eps": "The worst of PGD-{steps} on cross-entropy and on margin; the dashed line is the radius of this report.",
     "accuracy_against_steps": "PGD on the cross-entropy. A line that still falls at its end has not converged.",
     "saliency": "Input, adversarial input, and the gradient of the loss at both.",
     "loss_surface": "Around one image a panel: the direction of the gradient against a random one.",
@@ -31,9 +32,14 @@ def _accuracies(page: Mapping[str, Any]) -> str:
     rows.append((f"AutoAttack ({details['version']})", page["autoattack"]))
     if page["transfer"]:
         rows.append(("transferred attacks, worst of all", page["transfer"]))
-    for key, words in (("corruptions", "corruptions, mean"), ("corruption_arrays", "corruption arrays, mean")):
+    for key, words in (("corruptions", "corruptions"), ("corruption_arrays", "corruption arrays")):
         if page[key]:
-            rows.append((words, {**page[key], "accuracy": page[key]["mean_accuracy"]}))
+            rows.append(
+                (
+                    f"{words}, mean of {len(page[key]['corruptions'])}",
+                    {**page[key], "accuracy": page[key]["mean_accuracy"]},
+                )
+            )
     return markdown_table(
         ("what", "accuracy %", "95 % interval", "images"),
         [(name, percent(row["accuracy"]), interval(row), row["count"]) for name, row in rows],
@@ -120,7 +126,10 @@ def markdown(page: Mapping[str, Any], figures: Sequence[Path]) -> str:
     :param page: What ``report.json`` holds. :param figures: Pictures, relative to the text. :return: The text.
     """
     threat, details = page["threat_model"], page["autoattack"]["details"]
-    pictures = [f"![{path.stem}]({path.as_posix()})\n\n{_CAPTIONS.get(path.stem, '')}" for path in figures]
+    steps = curve_steps(page["audit"]["budget"]["max_iter"])
+    pictures = [
+        f"![{path.stem}]({path.as_posix()})\n\n{_CAPTIONS.get(path.stem, '').format(steps=steps)}" for path in figures
+    ]
     warnings = [f"- AutoAttack: {line}" for line in [*details["deviations"], *details["warnings"]]]
     parts = [
         f"# {page['network']} on {page['data']}: {threat['norm']} eps {threat['eps']:g}",
