@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from art_saliency.errors import CheckpointError, InputError
+
 if TYPE_CHECKING:
     import torch
 
@@ -101,10 +103,9 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def check_seed(seed: int) -> None:
     """:raises InputError: When it is none that torch, NumPy and AutoAttack all take."""
-    from art_saliency import _checks
-
+    # Without _checks, which imports torch: `verify` first looks where modules would come from.
     if not 0 <= seed < 2**32:
-        raise _checks.refuse("--seed", seed, f"a whole number from 0 to {2**32 - 1}")
+        raise InputError(f"--seed: got {seed}, expected a whole number from 0 to {2**32 - 1}")
 
 
 def pick_device(name: str) -> torch.device:
@@ -160,7 +161,6 @@ def writable(option: str, folder: Path) -> None:
 def page_of_run(folder: str | Path) -> dict[str, Any]:
     """:return: Its ``run.json``. :raises CheckpointError: When the folder holds none; a run that is not over is told from no run."""
     from art_saliency import _checks
-    from art_saliency.errors import CheckpointError
     from art_saliency.trainers.runs import read_run
 
     if (Path(folder) / KEPT).is_dir() and not (Path(folder) / "run.json").exists():
@@ -185,7 +185,6 @@ def threat_of_run(args: Any, page: dict[str, Any]) -> ThreatModel:
 def data_of_run(args: Any, page: dict[str, Any]) -> DataSet:
     """:return: What ``--data`` names, else the run's own data, whose content must still be that of the training."""
     from art_saliency import _checks
-    from art_saliency.errors import CheckpointError, InputError
     from art_saliency.streaming import open_data
 
     known = page["data"]
