@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -241,8 +242,8 @@ def test_a_wrong_word_is_explained_in_one_sentence_and_leaves_nothing(kind, tmp_
 
 
 @pytest.fixture
-def closed(folder):
-    """A folder with a copy of the run, in which this process may not write, nor read the weights; also where it is root's."""
+def closed(folder, monkeypatch):
+    """A folder with a copy of the run, in which this process may not write, nor read the weights; what root may do is played."""
     place = Path(tempfile.mkdtemp())
     shutil.copytree(folder / "run", place / "run", ignore=shutil.ignore_patterns("evaluation.json"))
     shutil.copy(folder / "few.npz", place / "few.npz")
@@ -253,12 +254,28 @@ def closed(folder):
         (place, 0o555),
     ):
         path.chmod(mode)
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
+    if os.geteuid() == 0:
+        unreadable, real_open, real_file = (
+            {place / "few.npz", place / "run" / "weights.pt"},
+            open,
+            tempfile.TemporaryFile,
+        )
+
+        def opened(file, *args, **options):
+            if isinstance(file, (str, os.PathLike)) and Path(file) in unreadable:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+            return real_open(file, *args, **options)
+
+        def temporary(*args, dir=None, **options):
+            if dir is not None and Path(dir).is_relative_to(place):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir))
+            return real_file(*args, dir=dir, **options)
+
+        monkeypatch.setattr("builtins.open", opened)
+        monkeypatch.setattr(io, "open", opened)
+        monkeypatch.setattr(tempfile, "TemporaryFile", temporary)
     yield place
-    if root:
-        os.seteuid(0)
+    monkeypatch.undo()
     for path in (place, place / "run"):
         path.chmod(0o755)
     shutil.rmtree(place)

@@ -90,8 +90,6 @@ def _write_comparison(pages: dict[str, dict[str, Any]], table: str, out: Path, *
         curves = {
             name: {float(eps): row for eps, row in page["accuracy_against_eps"].items()} for name, page in pages.items()
         }
-        accuracy_curve(
-            curves, out / "accuracy_against_eps.png", title="Accuracy against the radius (PGD)", label="eps"
-        )
+        accuracy_curve(curves, out / "accuracy_against_eps.png", title="Accuracy against the radius (PGD)", label="eps")
     write_file(out / "comparison.md", lambda file: file.write(f"{table}\n\n![comparison](comparison.png)\n".encode()))
     write_file(out / "comparison.json", lambda file: file.write(json.dumps(pages, indent=1).encode()))
