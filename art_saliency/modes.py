@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ __all__ = [
     "evaluating",
     "frozen",
     "full_float32",
+    "matrices_as_convolutions",
     "modes_kept",
     "refuse_dropout",
     "side_pass",
@@ -87,24 +88,30 @@ def tensor_float32() -> bool:
 
 
 @contextmanager
-def full_float32(needed: bool = True) -> Iterator[None]:
+def _rounding(precision: str, *settings: Any) -> Iterator[None]:
+    """Set how GPUs round float32, ``"ieee"`` or ``"tf32"``, in some of torch's settings for the duration."""
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = precision
+        yield
+    finally:
+        for setting, own in zip(settings, before, strict=True):
+            setting.fp32_precision = own
+
+
+def full_float32(needed: bool = True) -> AbstractContextManager[None]:
     """
     Keep all 23 bits of float32 on GPUs for the duration: TF32, which keeps 10, is off for convolutions and matrix products.
 
     :param needed: Whether they are needed; else nothing is done.
     """
-    if not needed:
-        yield
-        return
-    settings = [_CUDNN.conv, torch.backends.cuda.matmul]
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        yield
-    finally:
-        for setting, precision in zip(settings, before, strict=True):
-            setting.fp32_precision = precision
+    return _rounding("ieee", _CUDNN.conv, torch.backends.cuda.matmul) if needed else nullcontext()
+
+
+def matrices_as_convolutions() -> AbstractContextManager[None]:
+    """Let a GPU round float32 matrix products as it rounds convolutions, for the duration."""
+    return _rounding("tf32" if tensor_float32() else "ieee", torch.backends.cuda.matmul)
 
 
 @contextmanager

@@ -73,7 +73,8 @@ def placed(model: nn.Module, x: Any, y: Any) -> tuple[Tensor, Tensor]:
     """
     images, labels = checked(model, x, y)
     home = home_of(model, images[:0].float())
-    return pixels(to_unit(images.cpu()), home).contiguous(), labels.to(home.device)
+    images = to_unit(images.cpu()) if images.dtype == torch.uint8 else images
+    return pixels(images, home).contiguous(), labels.to(home.device)
 
 
 def unbroken(x_adv: Tensor, x: Tensor) -> Tensor:

@@ -188,7 +188,8 @@ class FSRLayer(FeatureLayer):
         self.separation = bottleneck(channels, hidden)
         self.recalibration = bottleneck(channels, hidden)
         self.auxiliary: nn.Linear | None = nn.Linear(channels, num_classes)
-        if _checks.flag("zero_init", zero_init):
+        self.zero_init = _checks.flag("zero_init", zero_init)
+        if self.zero_init:
             nn.init.zeros_(self.recalibration[-1].weight)  # type: ignore[arg-type]
         self.recording = False
         """Whether train-mode forward passes keep their auxiliary logits for a loss."""

@@ -129,9 +129,8 @@ def _benchmark(model: nn.Module, layout: Layout, job: dict[str, Any], wanted: di
         if wanted["images"] is None:
             used["x"], used["y"] = original(n_examples, *arguments)
         else:
-            pictures = Path(
-                wanted["images"], "train"
-            ).is_dir()  # whose folders are the classes; the labels of arrays may lack some
+            # Folders of pictures are the classes; the labels of arrays may lack some.
+            pictures = Path(wanted["images"], "train").is_dir()
             data = load_data(wanted["images"], num_classes=None if pictures else job["num_classes"])
             if len(data.x_test) < n_examples:
                 raise CheckpointError(

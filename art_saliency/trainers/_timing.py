@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from art_saliency.modes import tensor_float32
+from art_saliency.modes import matrices_as_convolutions
 from art_saliency.randomness import global_generators_kept
 
 __all__ = [
@@ -116,16 +116,11 @@ def matrix_turn(device: torch.device, precision: str, *, repeats: int = 3) -> tu
     left, right = (torch.randn(side, side, generator=generator).to(device, dtype) for _ in range(2))
 
     def turn() -> float:
-        setting = torch.backends.cuda.matmul
-        before = setting.fp32_precision
-        setting.fp32_precision = "tf32" if tensor_float32() else "ieee"
-        try:
+        with matrices_as_convolutions():
             start = waited(device)
             for _ in range(repeats):
                 torch.mm(left, right)
             return (waited(device) - start) / repeats
-        finally:
-            setting.fp32_precision = before
 
     return turn, 2.0 * side**3
 

@@ -76,7 +76,7 @@ class FSRTrainer(ObjectiveTrainer):
         insert_fsr(classifier.model, target, classifier.nb_classes, example, **options)
         layer = fsr_layers(classifier.model)[target]
         # As the layer has checked them: numbers of NumPy's are no JSON.
-        self._layer_config = {name: getattr(layer, name, zero_init) for name in options}
+        self._layer_config = {name: getattr(layer, name) for name in options}
         _add_parameters(classifier.optimizer, layer)
 
     @classmethod
