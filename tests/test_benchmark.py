@@ -24,6 +24,8 @@ from benchmarking import grids, pages, running  # noqa: E402
 from benchmarking.claims import CLAIMS, HEADLINE, HEADLINE_DIFFERENCES  # noqa: E402
 from benchmarking.figures import figure_names, recorded  # noqa: E402
 
+from art_saliency.data import load_data  # noqa: E402
+from art_saliency.errors import InputError  # noqa: E402
 from art_saliency.training.engine import Engine  # noqa: E402
 from tests.helpers import write_few_digits  # noqa: E402
 
@@ -260,7 +262,7 @@ def test_kept_trainings_are_gone_on_with_and_what_is_judged_anew_is_not_trained_
         (["digits", "--threads", "0"], "--threads: got 0"),
         (
             ["mnist-0.2", "--data", "digits"],
-            "--data: got digits, whose fingerprint is d6ba04f0e608..., expected the images",
+            "--data: got digits, whose fingerprint is d6ba04f0e608..., expected a file of which the first 14000 training and 10000 test",
         ),
         (["digits", "--data", "FEW"], "expected the images and labels of digits, Linf 0.2"),
     ],
@@ -272,6 +274,14 @@ def test_wrong_words_are_answered_with_what_was_expected(words, said, capsys, tm
     assert said in said_here
     assert said_here.count("\n") == 1
     assert not out.exists() or list(out.iterdir()) == []
+
+
+def test_a_longer_file_serves_as_the_one_that_was_cut_from_it(tmp_path):
+    long, short = (write_few_digits(tmp_path / f"{n}.npz", n, n // 2) for n in (60, 40))
+    grid = replace(grids.GRIDS["digits"], data="", data_sha256=load_data(str(short)).fingerprint(), of_file=(40, 20))
+    assert running.read_data(grid, str(long)).fingerprint() == grid.data_sha256
+    with pytest.raises(InputError, match="first 41 training and 20 test images"):
+        running.read_data(replace(grid, of_file=(41, 20)), str(long))
 
 
 def test_a_damaged_file_and_a_place_that_cannot_be_written_are_one_line(tiny, tmp_path, capsys):

@@ -50,6 +50,7 @@ class Grid:
     One data set, one network, one budget.
 
     :ivar title: What tables call it. :ivar data: Of the command line's ``--data``; "" must be given, as a file.
+    :ivar of_file: How many training and test images of a given file are the data set, the first ones; a longer file serves as well.
     :ivar data_sha256: Of these very images and labels (``DataSet.fingerprint``): a row of a table is of nothing else.
     :ivar network: Arguments of ``build_network`` beside the data's own. :ivar train_images: The first so many; ``None`` is all.
     :ivar images: Test images for AutoAttack, the first ones. :ivar arms: What is trained.
@@ -72,6 +73,7 @@ class Grid:
     audited: int
     hidden: int
     held_out: float = 0.0
+    of_file: tuple[int, int] | None = None
     train_images: int | None = None
     augment: str | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
@@ -224,6 +226,7 @@ _DIGITS: dict[str, Any] = {
 }
 _MNIST: dict[str, Any] = {
     "data": "",
+    "of_file": (14_000, 10_000),
     "data_sha256": "693f7ac6308a9b43dbd7636f8c45479735e84d6b21f6e3a4c2f0981721ddcd01",
     "network": {"name": "mnist-cnn", "activation": "relu", "width": 16},
     "epochs": 6,
@@ -280,6 +283,7 @@ GRIDS: dict[str, Grid] = {
     "cifar10-jpeg-10k": Grid(
         title="JPEG-75 CIFAR-10, 10,000 training images, Linf 8/255, ResNet-18 of width 16, 5 epochs",
         data="",
+        of_file=(10_000, 1_000),
         data_sha256="41fbdd84131c578e793d35a81a009e4a1df7ff6252cada497d36b412778c27c5",
         network={"name": "resnet18", "activation": "relu", "width": 16},
         eps=8 / 255,

@@ -12,7 +12,7 @@ from typing import Any
 from art_saliency.evaluation.table import markdown_table
 from benchmarking.claims import CLAIMS, HEADLINE, HEADLINE_DIFFERENCES
 from benchmarking.figures import draw_all
-from benchmarking.grids import GRIDS
+from benchmarking.grids import GRIDS, Grid
 
 __all__ = ["load_runs", "rendered", "write_all"]
 
@@ -28,7 +28,8 @@ _NOTE = (
     "Mean and standard deviation over seeds; of one seed, the 95 % interval that the number of images leaves. AutoAttack is version "
     "`standard`; *transfer* is the worst of five transferred attacks from a standard and a PGD-AT network and from both; *consensus* the mean cosine of loss-gradient saliency, clean and under PGD-20, on 100 "
     "images; a *pass* a forward-backward pass of standard training, counted; the *audit* is seed 0's. `@silu` names an activation, "
-    "`:NAME=VALUE` what differs from a method's defaults; adapter is f + R(f), of as many parameters as the FSR layer."
+    "`:NAME=VALUE` what differs from a method's defaults; adapter is f + R(f), of as many parameters as the FSR layer. "
+    "*JPEG-75*: each image was once encoded again as a JPEG of quality 75, in training and test."
 )
 
 
@@ -132,7 +133,7 @@ def _section(runs: Runs, grid: str, arms: Sequence[str], pairs: Iterable[tuple[s
     command = f"python examples/benchmark.py run {grid}{'' if settings.data else ' --data FILE'}"
     lines = [
         f"**{settings.title}**, {shared}, AutoAttack and transfer on {settings.images} {'held-out' if settings.held_out else 'test'} images{audited}; "
-        f"`{command}` ({count} of {settings.seeds * len(settings.arms)} runs stand):",
+        f"`{command}`{_of_file(settings)} ({count} of {settings.seeds * len(settings.arms)} runs stand):",
         "",
         _table(runs, grid, arms),
         "",
@@ -145,6 +146,15 @@ def _section(runs: Runs, grid: str, arms: Sequence[str], pairs: Iterable[tuple[s
             "",
         ]
     return lines
+
+
+def _of_file(grid: Grid) -> str:
+    if grid.of_file is None:
+        return ""
+    train, test = grid.of_file
+    return (
+        f", of which the first {train:,} training and {test:,} test images are read, sha256 `{grid.data_sha256[:12]}`"
+    )
 
 
 def _final(runs: Runs) -> Runs:

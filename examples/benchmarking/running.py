@@ -43,6 +43,7 @@ _EXPLAINED = 100
 _SHOWN = 8
 _SURROGATES = ("standard", "pgd-at")
 _SURROGATE_SEED = 1000
+_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 def file_of(folder: Path, grid: str, name: str, seed: int) -> Path:
@@ -56,7 +57,15 @@ def _plain(name: str) -> str:
 
 def settings_of(grid: Grid, entry: Contestant, seed: int) -> dict[str, Any]:
     """:return: All that a run depends on beside versions and hardware, JSON-able: a stored run with other settings is run again."""
-    left_out = ("arms", "title", "seeds", "audited", "data_sha256", *(() if grid.held_out else ("held_out",)))
+    left_out = (
+        "arms",
+        "title",
+        "seeds",
+        "audited",
+        "data_sha256",
+        "of_file",
+        *(() if grid.held_out else ("held_out",)),
+    )
     shared = {k: v for k, v in asdict(grid).items() if k not in left_out}
     return json.loads(json.dumps({**shared, "arm": asdict(entry.arm), "seed": seed, "data": grid.data or "a file"}))
 
@@ -243,9 +252,17 @@ _KEPT: dict[tuple[str, int], dict[str, nn.Module]] = {}
 def read_data(grid: Grid, given: str | None, root: str | None = None) -> DataSet:
     """:return: The grid's own data, or the file that is given. :raises InputError: When that is of anything else."""
     data = load_data(given or grid.data, root=root)
+    expected = f"the images and labels of {grid.title} ({grid.data_sha256[:12]}...)"
+    if grid.of_file is not None:
+        train, test = grid.of_file
+        expected = f"a file of which the first {train} training and {test} test images are {expected}"
+        first = {
+            name: getattr(data, name)[:count] for name, count in zip(_ARRAYS, (train, train, test, test), strict=True)
+        }
+        data = replace(data, **first)
     if (found := data.fingerprint()) != grid.data_sha256:
         got = f"{given or grid.data}, whose fingerprint is {found[:12]}..."
-        raise _checks.refuse("--data", got, f"the images and labels of {grid.title} ({grid.data_sha256[:12]}...)")
+        raise _checks.refuse("--data", got, expected)
     return data
 
 
