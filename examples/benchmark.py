@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarking.grids import GRIDS
+from benchmarking.grids import GRIDS, Grid
 
 from art_saliency import _checks
 from art_saliency.errors import ArtSaliencyError, TrainingInterrupted
@@ -44,6 +44,11 @@ def standing(out: Path, grid: str, name: str, seed: int) -> dict[str, Any] | Non
         raise _checks.refuse("--out", got, "files as `run` writes them", "take it away: it is made anew") from None
 
 
+def lacks(page: dict[str, Any] | None, grid: Grid, seed: int) -> bool:
+    """:return: Whether there is anything left to do for this run: itself, or the audit that is made of the first seed."""
+    return page is None or (seed == 0 and grid.audited > 0 and "audit" not in page)
+
+
 def run(args: argparse.Namespace) -> int:
     """Run what is missing, seed by seed."""
     import torch
@@ -61,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     data = read_data(grid, args.data)
     for seed in args.seeds or range(grid.seeds):
         for name in arms:
-            if standing(args.out, args.grid, name, seed):
+            if not lacks(standing(args.out, args.grid, name, seed), grid, seed):
                 continue
             began = time.perf_counter()
             page = run_one(args.grid, name, seed, data, args.out, checkpoints=args.checkpoints)
@@ -79,10 +84,11 @@ def show(args: argparse.Namespace) -> int:
     """Say what stands and what is missing."""
     for key, grid in GRIDS.items():
         found = {(name, seed): standing(args.out, key, name, seed) for seed in range(grid.seeds) for name in grid.arms}
-        missing = [f"{name} seed {seed}" for (name, seed), page in found.items() if not page]
-        audited = sum("audit" in page for page in found.values() if page)
+        missing = [f"{name} seed {seed}" for (name, seed), page in found.items() if lacks(page, grid, seed)]
+        standing_now = [page for page in found.values() if page]
+        audited = sum("audit" in page for page in standing_now)
         print(
-            f"{key}: {len(found) - len(missing)} of {len(found)} runs",
+            f"{key}: {len(standing_now)} of {len(found)} runs",
             *([f"{audited} of {len(grid.arms)} audits"] if grid.audited else []),
             *([f"next: {missing[0]}"] if missing else []),
             sep="; ",

@@ -179,7 +179,11 @@ def test_a_run_is_written_left_alone_and_made_anew_when_its_settings_change(tiny
     assert "digits: 2 of 4 runs; next: standard seed 1" in capsys.readouterr().out
     monkeypatch.setitem(grids.GRIDS, "digits", replace(tiny, audited=16))
     assert benchmark.main(["list", *out]) == 0
-    assert "digits: 2 of 4 runs; 0 of 2 audits; next: standard seed 1" in capsys.readouterr().out
+    assert "digits: 2 of 4 runs; 0 of 2 audits; next: standard seed 0" in capsys.readouterr().out
+    assert benchmark.main(["run", "digits", "--seeds", "0", "--arms", "standard", *out]) == 0
+    assert files[0].stat().st_mtime_ns == before[files[0]] < files[1].stat().st_mtime_ns > before[files[1]]
+    assert benchmark.main(["list", *out]) == 0
+    assert "digits: 2 of 4 runs; 1 of 2 audits; next: fsr+pgd-at seed 0" in capsys.readouterr().out
     monkeypatch.setitem(grids.GRIDS, "digits", replace(tiny, lr=0.02))
     assert not benchmark.standing(tmp_path, "digits", "standard", 0)
     monkeypatch.setitem(grids.GRIDS, "digits", tiny)
