@@ -348,6 +348,11 @@ def _class_count(y: Any) -> int:
         raise _checks.refuse(
             "y_train", "one class", "at least 2 classes", "in Python say num_classes if others have no image"
         )
+    if most >= len(labels):  # identifiers, say: a network of so many classes may not even fit into memory
+        remedy = f"number the classes from 0, or in Python say num_classes={most + 1} if most of them have no image"
+        raise _checks.refuse(
+            "y_train", f"a label of {most} among {len(labels)} images", "no more classes than images", remedy
+        )
     return most + 1
 
 

@@ -596,6 +596,14 @@ def test_bad_settings_are_refused_even_without_a_budget(options, message):
     assert model[0].count == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.uint8])
+def test_images_in_which_a_step_is_lost_are_refused(dtype):
+    model, (x, y) = guarded_network(), batch(classes=4)
+    with pytest.raises(InputError, match=f"x: got images of {dtype}, expected float32 or float64"):
+        pgd(model, x.to(dtype), y, threat=ThreatModel("Linf", 0.1))
+    assert model[0].count == 0
+
+
 @pytest.mark.gpu
 @both_norms
 def test_on_a_gpu_the_attack_is_that_of_the_cpu(norm):

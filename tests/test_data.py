@@ -311,6 +311,17 @@ def test_classes_without_an_image_need_num_classes(tmp_path):
         load_data(npz(tmp_path, y_train=np.zeros(12), y_test=np.zeros(6)))
 
 
+def test_labels_that_are_no_class_indices_make_no_network_of_a_billion_classes(tmp_path):
+    identifiers = npz(tmp_path, y_train=np.array([0, 10**9] * 6), y_test=np.zeros(6))
+    with pytest.raises(
+        InputError, match="y_train: got a label of 1000000000 among 12 images, expected no more classes"
+    ) as caught:
+        load_data(identifiers)
+    check_one_sentence(caught.value)
+    assert load_data(npz(tmp_path, y_train=np.array([0, 11] * 6)), num_classes=None).num_classes == 12
+    assert load_data(npz(tmp_path, y_train=np.array([0, 12] * 6)), num_classes=13).num_classes == 13
+
+
 X, Y = arrays()["x_train"], arrays()["y_train"]
 BAD_ARRAYS = {
     "missing": ({"y_test": None}, "got arrays x_train, y_train, x_test, expected"),
