@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from art_saliency import _checks
+from art_saliency._batch_sizes import batches_in
 from art_saliency.errors import ArtSaliencyError, CheckpointError
 from art_saliency.randomness import RandomSource
 
@@ -58,7 +59,7 @@ def image_folder_loader(
         torch.arange(len(images)),
         batch_size=batch_size,
         shuffle=train,
-        drop_last=train and len(images) % batch_size == 1 < len(images),
+        drop_last=train and batches_in(len(images), batch_size) * batch_size < len(images),
         num_workers=_checks.whole("num_workers", num_workers),
         seed=_checks.whole("seed", seed),
     )

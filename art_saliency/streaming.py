@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from art_saliency import _checks, data
+from art_saliency._batch_sizes import batches_in
 from art_saliency.data import DataSet, load_data, stratified_split, to_unit
 from art_saliency.image_folders import ImageFiles, crop, files_loader, images_of
 
@@ -165,7 +166,7 @@ class StreamedSet:
             places,
             batch_size=_checks.whole("batch_size", batch_size, least=1),
             shuffle=True,
-            drop_last=1 <= len(places) % batch_size < 2 * world_size and len(places) > batch_size,
+            drop_last=batches_in(len(places), batch_size, world_size) * batch_size < len(places),
             num_workers=_checks.whole("num_workers", num_workers),
             seed=_checks.whole("seed", seed),
         )

@@ -25,6 +25,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 LEVELS = (
     ("errors", "_checks", "_version", "files"),
     (
+        "_batch_sizes",
         "randomness",
         "modes",
         "threat",

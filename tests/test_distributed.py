@@ -11,13 +11,17 @@ import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from art.data_generators import NumpyDataGenerator
 from torch import nn
+from torch.utils.data import DataLoader, SubsetRandomSampler
 
 from art_saliency.cli import _launch, main, train
 from art_saliency.errors import ArtSaliencyError, InputError
 from art_saliency.randomness import RandomSource
+from art_saliency.trainers.methods import StandardTrainer
 from art_saliency.training import Extension
 from art_saliency.training.batches import ResidentBatches
 from tests.helpers import become_rank, free_port, spell
@@ -283,6 +287,88 @@ def launch(code, count=2):
     return _launch.on_ranks(
         [], count, (sys.executable, "-S", "-c", "import os, sys, time\nrank = os.environ['RANK']\n" + code)
     )
+
+
+class Numbered(torch.utils.data.Dataset):
+    """Images whose first pixel is their number."""
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, index):
+        return torch.full((1, 8, 8), index / 32), index % 10
+
+
+class Rows(Extension):
+    """Which images a process trained on, epoch by epoch, and what dropout does in each step."""
+
+    def __init__(self):
+        self.seen, self.masks = {}, []
+
+    def after_step(self, run):
+        numbers = (run.batch.x[:, 0, 0, 0] * 32).round().int().tolist()
+        self.seen.setdefault(run.epoch, []).extend(numbers)
+        with torch.random.fork_rng(devices=[]):
+            self.masks.append(nn.functional.dropout(torch.ones(64)).numpy())
+
+
+SHUFFLED = {
+    "torch's global generator": lambda: DataLoader(Numbered(), batch_size=8, shuffle=True),
+    "a sampler's": lambda: DataLoader(Numbered(), batch_size=8, sampler=SubsetRandomSampler(range(32))),
+    "its own": lambda: DataLoader(Numbered(), batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(1)),
+}
+
+
+def of_stream(loader, **options):
+    rows, model = Rows(), nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Dropout(), nn.Linear(32, 10))
+    StandardTrainer(classifier(model)).fit_generator(
+        loader, nb_epochs=2, seed=0, verbose=False, extensions=[rows], **options
+    )
+    return rows
+
+
+@pytest.mark.parametrize("order", SHUFFLED)
+def test_ranks_share_every_image_of_a_shuffled_loader_and_no_dropout(order):
+    first, second = on_ranks(lambda rank: vars(of_stream(SHUFFLED[order]())))
+    for epoch in range(2):
+        assert sorted(first["seen"][epoch] + second["seen"][epoch]) == list(range(32))
+    assert first["seen"][0] != first["seen"][1]
+    assert not any((mine == yours).all() for mine, yours in zip(first["masks"], second["masks"], strict=True))
+
+
+def test_ranks_resume_a_shuffled_loader_bit_for_bit(tmp_path):
+    class Crash(Extension):
+        def after_step(self, run):
+            if run.step == 6:
+                raise InterruptedError
+
+    def task(rank):
+        loader = SHUFFLED["torch's global generator"]
+        whole = of_stream(loader())
+        options = {"checkpoint_dir": tmp_path, "checkpoint_every": "1 steps"}
+        rows, model = Rows(), nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Dropout(), nn.Linear(32, 10))
+        with pytest.raises(InterruptedError):
+            StandardTrainer(classifier(model)).fit_generator(
+                loader(), nb_epochs=2, seed=0, verbose=False, extensions=[rows, Crash()], **options
+            )
+        rest = of_stream(loader(), **options)
+        return whole.seen, rest.seen, rows.seen
+
+    for whole, rest, before in on_ranks(task):
+        assert before[0] == whole[0]
+        assert rest[1] == whole[1][-len(rest[1]) :]
+        assert len(rest[1]) in (8, 12)
+
+
+def test_ranks_that_load_other_batches_are_told(digits):
+    def task(rank):
+        np.random.seed(rank)  # noqa: NPY002, ART draws from it
+        generator = NumpyDataGenerator(digits[0][:64].numpy(), digits[1][:64].numpy(), batch_size=16, shuffle=True)
+        with pytest.raises(InputError, match="other batches in one of 2 processes than in another") as caught:
+            StandardTrainer(classifier()).fit_generator(generator, nb_epochs=2, seed=0, verbose=False)
+        return str(caught.value).count("\n")
+
+    assert on_ranks(task) == [0, 0]
 
 
 def test_every_process_knows_its_rank_and_where_the_others_are(tmp_path, capfd):

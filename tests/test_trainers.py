@@ -11,11 +11,17 @@ import numpy as np
 import pytest
 import torch
 from art.attacks.evasion import FastGradientMethod
-from art.data_generators import PyTorchDataGenerator
+from art.data_generators import DataGenerator, NumpyDataGenerator, PyTorchDataGenerator
 from art.defences.preprocessor import GaussianAugmentation, JpegCompression
 from art.defences.trainer import AdversarialTrainerMadryPGD, Trainer
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 import art_saliency
 from art_saliency.attacks import pgd
@@ -34,6 +40,7 @@ from art_saliency.trainers.methods import (
     PGDATTrainer,
     StandardTrainer,
 )
+from art_saliency.training import Extension
 from tests.method_settings import ROWS, classifier, small_network
 
 QUICK = {"nb_epochs": 1, "batch_size": 64, "seed": 0, "verbose": False}
@@ -202,6 +209,93 @@ def test_a_stream_leaves_a_last_image_alone_out_as_an_array_does(digits, rows):
     trainer.fit_generator(loader, nb_epochs=2, seed=0, verbose=False, scheduler="onecycle")
     assert trainer.history.meta["steps_per_epoch"] == rows // 8
     assert trainer._classifier.optimizer.param_groups[0]["lr"] == 0.01
+
+
+class EndlessArrays(DataGenerator):
+    """ART's contract and no more: the next batch, pass after pass."""
+
+    def __init__(self, x, y, batch_size):
+        super().__init__(size=len(x), batch_size=batch_size)
+        self.loader = DataLoader(TensorDataset(x, y), batch_size=batch_size)
+        self.batches = iter(())
+
+    def get_batch(self):
+        if (batch := next(self.batches, None)) is None:
+            self.batches = iter(self.loader)
+            batch = next(self.batches)
+        return batch
+
+
+class Unmeasured(torch.utils.data.Dataset):
+    """A set that does not say how large it is: its sampler does."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+    def __getitem__(self, index):
+        return self.x[index], self.y[index]
+
+
+def by_sampler(x, y, batch_size, sampler):
+    return DataLoader(TensorDataset(x, y), batch_size=batch_size, sampler=sampler)
+
+
+def by_batches(x, y, sizes):
+    places = iter(range(len(x)))
+    return DataLoader(TensorDataset(x, y), batch_sampler=[[next(places) for _ in range(size)] for size in sizes])
+
+
+EPOCHS = {
+    "one by one": (lambda x, y: DataLoader(TensorDataset(x[:9], y[:9]), batch_size=1), [1] * 9),
+    "ART's arrays one by one": (lambda x, y: NumpyDataGenerator(x[:9].numpy(), y[:9].numpy(), batch_size=1), [1] * 9),
+    "a last image alone": (lambda x, y: DataLoader(TensorDataset(x[:33], y[:33]), batch_size=8), [8] * 4),
+    "ART's loader": (
+        lambda x, y: PyTorchDataGenerator(DataLoader(TensorDataset(x[:33], y[:33]), batch_size=8), 33, 8),
+        [8] * 4,
+    ),
+    "ART's arrays": (
+        lambda x, y: NumpyDataGenerator(x[:33].numpy(), y[:33].numpy(), batch_size=8, drop_remainder=False),
+        [8] * 4,
+    ),
+    "ART's arrays, the rest dropped": (
+        lambda x, y: NumpyDataGenerator(x[:36].numpy(), y[:36].numpy(), batch_size=8),
+        [8] * 4,
+    ),
+    "ART's arrays, the rest kept": (
+        lambda x, y: NumpyDataGenerator(x[:36].numpy(), y[:36].numpy(), batch_size=8, drop_remainder=False),
+        [8] * 4 + [4],
+    ),
+    "any generator of ART's kind": (lambda x, y: EndlessArrays(x[:33], y[:33], 8), [8] * 4),
+    "and one whose rest is a batch": (lambda x, y: EndlessArrays(x[:34], y[:34], 8), [8] * 4 + [2]),
+    "some of the images": (lambda x, y: by_sampler(x[:65], y[:65], 32, SubsetRandomSampler(range(60))), [32, 28]),
+    "more draws than images": (
+        lambda x, y: by_sampler(x[:129], y[:129], 128, WeightedRandomSampler([1.0] * 129, 384)),
+        [128] * 3,
+    ),
+    "images not counted": (
+        lambda x, y: DataLoader(Unmeasured(x, y), batch_size=16, sampler=SubsetRandomSampler(range(36))),
+        [16, 16, 4],
+    ),
+    "a small batch in between": (lambda x, y: by_batches(x, y, [8, 8, 2, 8, 8]), [8, 8, 2, 8, 8]),
+    "a batch sampler's last image": (lambda x, y: by_batches(x, y, [8, 8, 1]), [8, 8]),
+}
+
+
+class Sizes(Extension):
+    def __init__(self):
+        self.seen = {}
+
+    def after_step(self, run):
+        self.seen.setdefault(run.epoch, []).append(len(run.batch.x))
+
+
+@pytest.mark.parametrize("kind", EPOCHS)
+def test_every_epoch_of_a_stream_has_all_its_batches_but_a_last_one_of_one_image(kind, digits):
+    make, expected = EPOCHS[kind]
+    sizes = Sizes()
+    trainer = StandardTrainer(classifier(small_network(norm=min(expected) > 1)))
+    trainer.fit_generator(make(*digits[:2]), nb_epochs=3, seed=0, verbose=False, extensions=[sizes])
+    assert sizes.seen == {0: expected, 1: expected, 2: expected}
 
 
 class Once(IterableDataset):

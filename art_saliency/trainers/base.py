@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -10,14 +11,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from art.data_generators import DataGenerator
+from art.data_generators import DataGenerator, NumpyDataGenerator, PyTorchDataGenerator
 from art.defences.trainer import Trainer
 from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from art_saliency import _checks
+from art_saliency._batch_sizes import batches_in, too_few
 from art_saliency.data import stratified_split, to_unit
 from art_saliency.errors import UnsupportedModelError
 from art_saliency.methods.base import Objective
@@ -27,10 +29,10 @@ from art_saliency.trainers.identity import digest_of_pair, identity_of_run
 from art_saliency.trainers.network import ClassifierNetwork, check_trainable
 from art_saliency.trainers.options import RunOptions
 from art_saliency.trainers.teacher import teacher_maps, trained_teacher
-from art_saliency.training.batches import Batches, ImageView, ResidentBatches, StreamedBatches, too_few
+from art_saliency.training.batches import Batches, ImageView, ResidentBatches, StreamedBatches
 from art_saliency.training.checkpoint import MAPS, Checkpoints
 from art_saliency.training.engine import Engine, launched
-from art_saliency.training.extensions import OverfittingWatch, PlateauWatch, Validation
+from art_saliency.training.extensions import OverfittingWatch, PlateauWatch, SameBatches, Validation
 from art_saliency.training.loop import train
 from art_saliency.training.records import History, Progress
 from art_saliency.training.schedules import Schedule
@@ -197,7 +199,8 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         :param nb_epochs: Passes over the stream.
         :param kwargs: ``validation_data`` and ``scheduler`` as in :meth:`fit`, and the fields of :class:`RunOptions`. A run with a
             ``checkpoint_dir`` needs a ``DataLoader``, which can begin an epoch again; of its content, what the data set's
-            ``fingerprint()`` says is compared, if it has one.
+            ``fingerprint()`` says is compared, if it has one. A last batch that leaves a process less than two images is left out.
+            Several processes load every batch, each for itself, and train on their own rows: it must be the same in all of them.
         """
         validation_data, scheduler = kwargs.pop("validation_data", None), kwargs.pop("scheduler", None)
         options = RunOptions.checked(f"{type(self).__name__}.fit_generator", kwargs)
@@ -206,6 +209,8 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
                 "validation_split", str(options.validation_split), "0 for a stream", "give validation_data"
             )
         self._check_options(options, validated=validation_data is not None)
+        if isinstance(generator, PyTorchDataGenerator):
+            generator = generator.iterator  # the loader that it wraps
         make, steps, batch_size = _stream(generator)
         if options.checkpoint_dir is not None and not isinstance(generator, DataLoader):
             got = f"{type(generator).__name__}, which cannot begin an epoch again"
@@ -228,6 +233,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
             device=self._device,
             augment=options.augment,
             generators=_generators(generator),
+            shared=torch.Generator().manual_seed(options.seed or 0) if launched()[1] > 1 else None,
         )
         self._train(batches, nb_epochs, scheduler, validation, options, checkpoints)
 
@@ -420,6 +426,8 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         if self.objective.single_step and threat is not None:
             extensions.append(OverfittingWatch(threat))
         extensions.append(PlateauWatch())
+        if isinstance(batches, StreamedBatches) and launched()[1] > 1:
+            extensions.append(SameBatches(batches))
         extensions.extend(options.extensions)
         if options.verbose:
             extensions.append(Progress(self.method_name()))
@@ -478,6 +486,7 @@ def _hold_out(x: ImageView, y: Tensor, share: float, seed: int) -> tuple[ImageVi
 
 def _stream(generator: Any) -> tuple[Callable[[], Iterator[Any]], int, int]:
     """:return: What makes an epoch's iterator, the batches an epoch has, and the batch size."""
+    ranks = launched()[1]
     if isinstance(generator, DataLoader):
         try:
             steps = len(generator)
@@ -487,18 +496,30 @@ def _stream(generator: Any) -> tuple[Callable[[], Iterator[Any]], int, int]:
         if not steps:
             raise _checks.refuse("generator", "a DataLoader without a batch", "one batch at least", "look at drop_last")
         size = generator.batch_size or 2
-        if generator.batch_size and not generator.drop_last and (rest := len(generator.dataset) % size) > 0:  # type: ignore[arg-type]
-            steps = max(1, steps - too_few(rest, launched()[1]))
+        if generator.batch_size and not generator.drop_last:
+            drawn: Any = generator.dataset if isinstance(generator.dataset, IterableDataset) else generator.sampler
+            steps = batches_in(len(drawn), size, ranks)
         return lambda: iter(generator), steps, size
     if isinstance(generator, DataGenerator):
-        whole, rest = divmod(int(generator.size), int(generator.batch_size))
-        steps = max(1, whole + (rest > 0 and not too_few(rest, launched()[1])))
+        count, size = int(generator.size or 0), int(generator.batch_size)
+        if not count:
+            raise _checks.refuse(
+                "generator", f"a {type(generator).__name__} of size None", "how many images an epoch has"
+            )
+        if isinstance(generator, NumpyDataGenerator):  # it can be gone through from its beginning, others only go on
+            images = generator.batches_per_epoch * size if generator.drop_remainder else count
+            return lambda: iter(generator), batches_in(images, size, ranks), size
+        steps, whole = batches_in(count, size, ranks), math.ceil(count / size)
 
         def batches() -> Iterator[Any]:
-            for _ in range(steps):
-                yield generator.get_batch()
+            for step in range(steps):
+                batch = generator.get_batch()
+                if step == steps - 1:  # what is left out is taken too, or the next epoch would begin with it
+                    for _ in range(steps, whole):
+                        generator.get_batch()
+                yield batch
 
-        return batches, steps, int(generator.batch_size)
+        return batches, steps, size
     raise _checks.refuse("generator", type(generator).__name__, "an ART DataGenerator or a torch DataLoader")
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from art_saliency import _checks
+from art_saliency._batch_sizes import batches_in, too_few
 from art_saliency.data import to_unit
 from art_saliency.methods.base import Batch
 from art_saliency.randomness import RandomSource
 
-__all__ = ["Augment", "Batches", "ImageView", "ResidentBatches", "StreamedBatches", "too_few"]
+__all__ = ["Augment", "Batches", "ImageView", "ResidentBatches", "StreamedBatches"]
 
 Augment = Callable[..., "tuple[Tensor, Tensor | None]"]
 """(x, random, maps) -> (x, maps): moves images, and maps with them, on the device."""
@@ -116,8 +118,7 @@ class ResidentBatches:
         self.y, self.maps = y.to(device), None if maps is None else maps.to(home)
         self.device, self.augment, self.expand = device, augment, expand
         self.batch_size = min(batch_size, len(x))
-        whole, rest = divmod(len(x), self.batch_size)
-        self.steps_per_epoch = whole + (not too_few(rest, world_size))
+        self.steps_per_epoch = batches_in(len(x), self.batch_size, world_size)
 
     generators: Sequence[torch.Generator] = ()
 
@@ -162,19 +163,20 @@ def _sent(batch: Tensor, device: torch.device) -> Tensor:
     return batch.to(device, non_blocking=True)
 
 
-def too_few(rows: int, world_size: int) -> bool:
-    """:return: Whether a last batch is left out: BatchNorm has no variance for one image, a process without any no loss."""
-    return rows // world_size <= 1
-
-
 class StreamedBatches:
     """
-    Batches of a loader that somebody else made; nothing of the set is kept. A last batch of one image is left out.
+    Batches of a loader that somebody else made; nothing of the set is kept.
+
+    A last batch that is smaller than those before it is left out where it leaves a process less than two images. Several processes
+    load the same batches, each for itself, and train on their own rows.
 
     :param make: Called once an epoch; yields (x, y) of any array kind.
     :param prepare: (x, y) -> tensors, checked: (N, C, H, W) in [0, 1] and labels.
     :param steps_per_epoch: How many batches an epoch has.
     :param generators: The loader's own, where it shuffles with one.
+    :param shared: What torch's global generator of the CPU is while a batch is loaded, alike in all processes; ``None``, where there
+        is one process, leaves it as it is.
+    :ivar labels_sum: A number that tells the labels of one whole batch from those of another: the last batch's.
     """
 
     def __init__(
@@ -186,28 +188,62 @@ class StreamedBatches:
         device: torch.device,
         augment: Augment | None = None,
         generators: Sequence[torch.Generator] = (),
+        shared: torch.Generator | None = None,
     ) -> None:
-        self.generators = generators
+        self.generators = generators if shared is None else (*generators, shared)
         self.make, self.prepare, self.steps_per_epoch = make, prepare, steps_per_epoch
-        self.device, self.augment = device, augment
+        self.device, self.augment, self.shared = device, augment, shared
+        self.labels_sum = 0
 
     def epoch(self, random: RandomSource, start: int = 0) -> Iterator[Batch]:
         """:return: One pass through the loader, from batch `start` on: those before it are loaded and left."""
-        stream = iter(self.make())
-        for _ in zip(range(start), stream, strict=False):
-            pass
-        return self._batches(stream, random, start)
+        rows = 0
+        with self._shared_state():
+            stream = iter(self.make())
+            for _, pair in zip(range(start), stream, strict=False):
+                rows = len(pair[1])
+        return self._batches(stream, random, start, rows)
 
-    def _batches(self, stream: Iterator[Any], random: RandomSource, start: int) -> Iterator[Batch]:
-        for step, pair in zip(range(start, self.steps_per_epoch), stream, strict=False):
+    def _batches(self, stream: Iterator[Any], random: RandomSource, start: int, rows: int) -> Iterator[Batch]:
+        for step in range(start, self.steps_per_epoch):
+            with self._shared_state():
+                pair = next(stream, None)
+            if pair is None:
+                return
             if not isinstance(pair, (tuple, list)) or len(pair) != 2:
                 got = f"{len(pair)} things" if isinstance(pair, (tuple, list)) else f"a {type(pair).__name__}"
                 raise _checks.refuse("generator", f"{got} as a batch", "pairs of images and labels")
             x, y = self.prepare(*pair)
-            if step and too_few(len(x), random.world_size):
+            if step == self.steps_per_epoch - 1 and len(x) < rows and too_few(len(x), random.world_size):
                 return
+            rows = len(x)
+            if rows < random.world_size:
+                got = f"a batch of {rows} images for {random.world_size} processes"
+                raise _checks.refuse("generator", got, "one image a process at least")
+            if random.world_size > 1:
+                self.labels_sum = _labels_sum(y)
             x, y = _own_rows(x, random), _own_rows(y, random)
             x = to_unit(_sent(x, self.device))
             if self.augment is not None:
                 x, _ = self.augment(x, random, None)
             yield Batch(x, _sent(y, self.device), random=random)
+
+    @contextmanager
+    def _shared_state(self) -> Iterator[None]:
+        """Else a loader that shuffles by torch's global generator, of which dropout draws too, would shuffle otherwise in each process."""
+        if self.shared is None:
+            yield
+            return
+        own = torch.get_rng_state()
+        torch.set_rng_state(self.shared.get_state())
+        try:
+            yield
+        finally:
+            self.shared.set_state(torch.get_rng_state())
+            torch.set_rng_state(own)
+
+
+def _labels_sum(y: Tensor) -> int:
+    labels = (y if y.ndim == 1 else y.argmax(1)).cpu()
+    places = torch.arange(1, 2 * len(labels), 2, dtype=torch.int64)
+    return int(((labels.long() + 1) * places * places).sum())

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from art_saliency import _checks
 from art_saliency.attacks import pgd
 from art_saliency.evaluation.accuracy import accuracy, pgd_accuracy
 from art_saliency.methods.base import Batch, LossTerms
 from art_saliency.modes import evaluating
 from art_saliency.threat import ThreatModel
-from art_saliency.training.batches import ImageView
+from art_saliency.training.batches import ImageView, StreamedBatches
 
 if TYPE_CHECKING:
     from art_saliency.training.loop import Run
 
-__all__ = ["Extension", "OverfittingWatch", "PlateauWatch", "Validation"]
+__all__ = ["Extension", "OverfittingWatch", "PlateauWatch", "SameBatches", "Validation"]
 
 _PIECE = 1 << 22  # bytes
 
@@ -67,6 +68,31 @@ class Extension:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where :meth:`state_dict` was taken. Called after :meth:`on_start`."""
+
+
+class SameBatches(Extension):
+    """
+    That several processes, each of which trains on its own rows of a batch, have loaded the same one: an epoch's first is compared.
+
+    :param batches: What they are loaded by.
+    """
+
+    def __init__(self, batches: StreamedBatches) -> None:
+        self.batches, self.epoch = batches, -1
+
+    def before_step(self, run: Run, batch: Batch) -> None:
+        """:raises InputError: In every process, where they have not."""
+        if self.epoch == run.epoch:
+            return
+        self.epoch, number = run.epoch, self.batches.labels_sum
+        greatest, least = run.engine.greatest_of_all([number, -number])
+        if greatest != -least:
+            raise _checks.refuse(
+                "generator",
+                f"other batches in one of {run.engine.world_size} processes than in another",
+                "the same in all",
+                "seed what its order is drawn from: give the loader or its sampler a seeded torch generator",
+            )
 
 
 class Validation(Extension):
