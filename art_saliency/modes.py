@@ -88,30 +88,39 @@ def tensor_float32() -> bool:
 
 
 @contextmanager
-def _rounding(precision: str, *settings: Any) -> Iterator[None]:
-    """Set how GPUs round float32, ``"ieee"`` or ``"tf32"``, in some of torch's settings for the duration."""
-    before = [setting.fp32_precision for setting in settings]
+def _put(owner: Any, name: str, value: object) -> Iterator[None]:
+    """Set one of torch's global settings for the duration."""
+    before = getattr(owner, name)
     try:
-        for setting in settings:
-            setting.fp32_precision = precision
+        setattr(owner, name, value)
         yield
     finally:
-        for setting, own in zip(settings, before, strict=True):
-            setting.fp32_precision = own
+        setattr(owner, name, before)
 
 
-def full_float32(needed: bool = True) -> AbstractContextManager[None]:
+@contextmanager
+def full_float32(needed: bool = True) -> Iterator[None]:
     """
     Keep all 23 bits of float32 on GPUs for the duration: TF32, which keeps 10, is off for convolutions and matrix products.
 
     :param needed: Whether they are needed; else nothing is done.
     """
-    return _rounding("ieee", _CUDNN.conv, torch.backends.cuda.matmul) if needed else nullcontext()
+    if not needed:
+        yield
+        return
+    try:
+        # The older setting, where it can be read: a network may enter torch.backends.cudnn.flags(), which reads it, and torch
+        # refuses that once convolutions alone were set by the newer one.
+        convolutions = _put(_CUDNN, "allow_tf32", False) if _CUDNN.allow_tf32 else nullcontext()
+    except RuntimeError:  # the newer one is in use already
+        convolutions = _put(_CUDNN.conv, "fp32_precision", "ieee")
+    with convolutions, _put(torch.backends.cuda.matmul, "fp32_precision", "ieee"):
+        yield
 
 
 def matrices_as_convolutions() -> AbstractContextManager[None]:
     """Let a GPU round float32 matrix products as it rounds convolutions, for the duration."""
-    return _rounding("tf32" if tensor_float32() else "ieee", torch.backends.cuda.matmul)
+    return _put(torch.backends.cuda.matmul, "fp32_precision", "tf32" if tensor_float32() else "ieee")
 
 
 @contextmanager

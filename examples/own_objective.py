@@ -15,6 +15,7 @@ from art_saliency import autoattack, build_network, load_data
 from art_saliency.gradients import input_gradient
 from art_saliency.methods.base import Batch, LossTerms, Objective
 from art_saliency.networks import default_network
+from art_saliency.threat import ThreatModel
 from art_saliency.trainers.base import ObjectiveTrainer
 
 
@@ -22,10 +23,12 @@ class DoubleBackpropagation(Objective):
     """Cross-entropy plus the squared norm of its input gradient (Drucker and Le Cun 1992)."""
 
     name = "double-backpropagation"
+    double_backward = True  # so that nothing of it is computed in half precision
 
     def __init__(self, *, eps: float, weight: float = 0.1) -> None:
         super().__init__()
         self.eps, self.weight = eps, weight
+        self.threat = ThreatModel("Linf", eps)  # for robust accuracy on held-out images
 
     def forward(self, model: nn.Module, batch: Batch) -> LossTerms:
         x = batch.x.detach().requires_grad_(True)

@@ -378,7 +378,7 @@ def test_a_named_layer_is_found_under_a_wrapper():
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        ("layer4", "layer: got 'layer4', expected a submodule's name"),
+        ("layer4", "layer: got 'layer4', expected the name of a submodule"),
         ("polo", "did you mean 'pool'"),
         ("pool:output", "layer: got 'pool:output'"),
         ("relu", "runs twice"),

@@ -379,6 +379,19 @@ def _gradient_of_consensus(form, dtype):
 
 
 @pytest.mark.parametrize("form", ["double-backward", "finite-difference"])
+def test_under_autocast_the_objective_is_what_it_is_without(form):
+    model, data = smooth_network().float(), batch()
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            result = AdvGSCT(eps=0.1, form=form)(
+                model, Batch(data.x.float(), data.y, progress=1.0, random=RandomSource(0))
+            )
+        found.append([result.loss, *torch.autograd.grad(result.loss, list(model.parameters()))])
+    assert all(torch.equal(mine, yours) for mine, yours in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("form", ["double-backward", "finite-difference"])
 def test_the_form_that_subtracts_passes_asks_for_full_float32_and_the_other_needs_none(form, monkeypatch):
     exact, plain = _gradient_of_consensus(form, torch.float64), nn.Conv2d._conv_forward
     in_full = _gradient_of_consensus(form, torch.float32)

@@ -21,8 +21,14 @@ from art_saliency import load
 from art_saliency.architectures import ACTIVATIONS
 from art_saliency.cli import main
 from art_saliency.data import load_data
+from art_saliency.errors import InputError
 from art_saliency.evaluation.accuracy import accuracy
 from art_saliency.files import sha256_of_tensors
+from art_saliency.methods.fsr import fsr_layers, insert_fsr
+from art_saliency.networks import build_network
+from art_saliency.trainers.methods import StandardTrainer
+from art_saliency.trainers.runs import make_classifier, save
+from art_saliency.training.records import History
 from tests.helpers import spell, write_few_digits
 
 ONE_EPOCH = {"eps": 0.1, "epochs": 1}
@@ -108,8 +114,30 @@ def test_a_network_with_fsr_comes_back_with_its_layers(folder):
     page = json.loads((folder / "fsr" / "run.json").read_text())
     assert page["settings"]["base"] == "trades"
     assert page["settings"]["beta"] == 2
-    assert page["network"]["fsr"] == {"layer3": {"hidden": 8, "tau": 0.1}}
+    layer = page["network"]["fsr"]["layer3"]
+    assert (layer["hidden"], layer["tau"]) == (8, 0.1)
     assert sha256_of_tensors(load(folder / "fsr").model.state_dict()) == page["weights_sha256"]
+
+
+def test_a_run_comes_back_to_be_trained_on_with_all_that_its_layers_were_set_to(digits, tmp_path):
+    options = {"lambda_sep": 0.1, "lambda_rec": 0.2, "aux_warmup_share": 0.5, "hidden": 4, "tau": 0.3}
+    network = {"name": "small-cnn", "num_classes": 10, "input_shape": [1, 8, 8], "width": 4}
+    made = make_classifier(
+        insert_fsr(build_network(**network), "layer3", 10, digits[0][:2], **options),
+        input_shape=(1, 8, 8),
+        num_classes=10,
+    )
+    fsr_layers(made.model)["layer3"].randomised = True
+    save(tmp_path / "run", made, network=network, method="fsr", settings={}, data={}, history=History())
+    back = load(tmp_path / "run", optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    layer = fsr_layers(back.model)["layer3"]
+    assert {name: getattr(layer, name) for name in options} == options
+    assert layer.randomised
+    before = {name: value.clone() for name, value in back.model.state_dict().items()}
+    StandardTrainer(back).fit(digits[0][:64], digits[1][:64], nb_epochs=1, seed=0, verbose=False)
+    assert any(not torch.equal(before[name], value) for name, value in back.model.state_dict().items())
+    with pytest.raises(InputError, match="no optimizer"):
+        StandardTrainer(load(tmp_path / "run")).fit(digits[0][:64], digits[1][:64], verbose=False)
 
 
 def test_compare_puts_methods_and_compositions_into_one_table(folder, capsys):
@@ -406,6 +434,17 @@ def test_new_weights_do_not_stand_beside_what_was_measured_of_the_old_ones(folde
     words = spell("train", "standard", **ONE_EPOCH, data=folder / "few.npz", width=4, out=run, quiet=True, device="cpu")
     assert main([*words, "--force"]) == 0
     assert {path.name for path in run.iterdir()} == {"weights.pt", "run.json", "best.pt", "notes.txt"}
+
+
+def test_what_has_the_name_of_a_measurement_but_lies_beside_no_run_is_somebodys_own(folder, tmp_path):
+    run = tmp_path / "thesis"
+    (run / "report").mkdir(parents=True)
+    (run / "report" / "thesis.tex").write_text("years of work")
+    (run / "saliency.png").write_text("a figure")
+    words = spell("train", "standard", **ONE_EPOCH, data=folder / "few.npz", width=4, out=run, quiet=True, device="cpu")
+    assert main([*words, "--force"]) == 0
+    assert {path.name for path in run.iterdir()} == {"weights.pt", "run.json", "best.pt", "report", "saliency.png"}
+    assert (run / "report" / "thesis.tex").read_text() == "years of work"
 
 
 def damage(path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 
 import pytest
 import torch
@@ -242,13 +243,26 @@ def test_channels_last_is_a_layout_for_the_duration_and_changes_no_value():
             assert torch.equal(value, before[name])
 
 
+@pytest.mark.parametrize("by", ["nobody", "the older setting", "the newer one"])
 @pytest.mark.parametrize("raises", [False, True])
-def test_full_float32_is_for_the_duration_and_for_those_who_need_it(raises):
+def test_full_float32_is_for_the_duration_and_for_those_who_need_it(raises, by, request):
+    def put(owner, name, value):
+        request.addfinalizer(functools.partial(setattr, owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+    if by == "the older setting":
+        put(torch.backends.cudnn, "allow_tf32", False)
+    elif by == "the newer one":
+        put(torch.backends.cudnn.conv, "fp32_precision", "tf32")
+        put(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
     settings = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]
     before = [setting.fp32_precision for setting in settings]
     with contextlib.suppress(KeyError), full_float32():
-        assert [setting.fp32_precision for setting in settings] == ["ieee", "ieee"]
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
         assert not tensor_float32()
+        if by != "the newer one":
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as some networks do
+                assert not tensor_float32()
         if raises:
             raise KeyError
     assert [setting.fp32_precision for setting in settings] == before

@@ -10,11 +10,14 @@ import signal
 import threading
 import time
 import warnings
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from art.data_generators import NumpyDataGenerator, PyTorchDataGenerator
+from art.defences.preprocessor import SpatialSmoothingPyTorch
+from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
 from art.estimators.classification import PyTorchClassifier
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
@@ -25,10 +28,12 @@ from art_saliency.cli import main
 from art_saliency.errors import CheckpointError, InputError, NonFiniteLossError, TrainingInterrupted
 from art_saliency.files import read_tensors
 from art_saliency.methods.baselines import Standard
+from art_saliency.trainers import identity
+from art_saliency.trainers.network import ClassifierNetwork
 from art_saliency.training import Extension, checkpoint
 from art_saliency.training.checkpoint import cadence, differences
 from tests.kill_training import Count, digits_classifier, finished, in_child, plan, same, torment
-from tests.method_settings import ROWS
+from tests.method_settings import ROWS, small_network
 
 STEPS, EPOCHS = 3, 3  # of every run here
 
@@ -375,7 +380,7 @@ def test_a_folder_is_one_processes_at_a_time_and_free_again_when_that_one_is_kil
             time.sleep(600)
     assert os.read(ready, 1) == b"!"
     try:
-        with pytest.raises(CheckpointError, match="another process keeps its run there; wait for its end or choose"):
+        with pytest.raises(CheckpointError, match="another run is kept there now; wait for its end or choose"):
             train(digits, tmp_path, resume="never")
         lock = tmp_path / "checkpoint.lock"
         assert theirs == {path: path.read_bytes() for path in tmp_path.iterdir() if path != lock}
@@ -386,6 +391,33 @@ def test_a_folder_is_one_processes_at_a_time_and_free_again_when_that_one_is_kil
         os.close(say)
     assert same(train(digits, tmp_path, resume="never"), whole)
     assert not lock.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_a_folder_is_one_runs_at_a_time_within_a_process_too_and_a_refused_one_frees_nothing(tmp_path):
+    with checkpoint._alone(tmp_path):
+        with pytest.raises(CheckpointError, match="another run is kept there now"), checkpoint._alone(tmp_path / "."):
+            pass
+        if not (child := os.fork()):
+            try:
+                with checkpoint._alone(tmp_path):
+                    os._exit(0)
+            except CheckpointError:
+                os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    with checkpoint._alone(tmp_path):
+        pass
+
+
+def test_a_run_that_has_gone_on_since_its_folder_was_read_is_not_taken_back(digits, whole, tmp_path):
+    with pytest.raises(Crash):
+        train(digits, tmp_path, at=4)
+    late = checkpoint.Checkpoints(tmp_path)
+    assert same(train(digits, tmp_path), whole)
+    there = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match=r"got checkpoint \d+ of a run that has gone on meanwhile"), late:
+        pass
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == there
 
 
 def test_what_a_killed_writer_left_is_cleared_away(digits, tmp_path):
@@ -534,6 +566,57 @@ def test_other_data_is_refused_and_another_cadence_is_not(digits, interrupted, w
         with pytest.raises(InputError, match=r"data.training: 96 images, .* then, 9. images.* now"):
             train(digits, interrupted, **changed)
     assert same(train(digits, interrupted, checkpoint_every="2 epochs"), whole)
+
+
+class Prepared(PreprocessorPyTorch):
+    """Pixels that somebody's function and means change."""
+
+    params: ClassVar[list[str]] = ["function", "mean", "verbose"]
+
+    def __init__(self, function, mean, verbose=False):
+        super().__init__()
+        self.function, self.mean, self.verbose = function, mean, verbose
+
+    def forward(self, x, y=None):
+        return self.function(x - self.mean), y
+
+
+def described(*steps):
+    classifier = PyTorchClassifier(
+        small_network(),
+        nn.CrossEntropyLoss(),
+        (1, 8, 8),
+        10,
+        clip_values=(0.0, 1.0),
+        preprocessing_defences=list(steps),
+    )
+    return identity._input(ClassifierNetwork(classifier))
+
+
+def test_preprocessing_is_told_apart_by_what_it_does_and_not_by_where_it_lies():
+    mean = torch.rand(3, 32, 32)
+    for at in (0, 15, 31):
+        other = mean.clone()
+        other[1, at, at] += 1e-3
+        assert described(Prepared(torch.sin, mean)) != described(Prepared(torch.sin, other))
+        assert described(Prepared(torch.sin, mean.numpy())) != described(Prepared(torch.sin, other.numpy()))
+    first, second = (described(Prepared(lambda x: x, mean.clone(), verbose)) for verbose in (True, False))
+    assert first == second, "the place of a function in memory, or what is printed, is no difference"
+    assert described(Prepared(torch.sin, mean)) != described(Prepared(torch.cos, mean))
+    smooth = [SpatialSmoothingPyTorch(window_size=size, channels_first=True) for size in (3, 3, 5)]
+    assert smooth[0].params == [], "the premise: this step names none of its own"
+    assert described(smooth[0]) == described(smooth[1]) != described(smooth[2])
+
+
+def test_a_changed_rate_is_told_beside_a_scheduler_that_keeps_no_first_one():
+    def made(rate, later):
+        optimizer = torch.optim.SGD(small_network().parameters(), lr=rate)
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        optimizer.param_groups[0]["lr"] = later
+        return identity._optimizer(optimizer, scheduler)
+
+    assert made(0.1, later=0.1) == made(0.1, later=0.01), "what the scheduler moves is no difference"
+    assert made(0.1, later=0.1) != made(0.5, later=0.1)
 
 
 def test_another_teacher_is_refused(digits, tmp_path):

@@ -33,6 +33,7 @@ from art_saliency.threat import ThreatModel
 from art_saliency.trainers.base import ObjectiveTrainer
 from art_saliency.trainers.methods import (
     TRAINERS,
+    AALPTrainer,
     AdvGSCTTrainer,
     FGSMTrainer,
     FSRTrainer,
@@ -519,6 +520,15 @@ BAD_FITS = {
     "split": (lambda c, x, y: StandardTrainer(c).fit(x, y, validation_split=1), "validation_split: got 1"),
     "layout": (lambda c, x, y: StandardTrainer(c).fit(x, y, channels_last=1), "channels_last: got 1"),
     "precision": (lambda c, x, y: StandardTrainer(c).fit(x, y, precision="fp16"), "'32-true', 'bf16-mixed'"),
+    "whole pixels": (
+        lambda c, x, y: StandardTrainer(c).fit((x > 0.5).long(), y),
+        "x: got dtype torch.int64, expected floats",
+    ),
+    "extensions": (lambda c, x, y: StandardTrainer(c).fit(x, y, extensions=[3]), "extensions: got a int among them"),
+    "layer type": (
+        lambda c, x, y: AALPTrainer(c, eps=0.1, layer=3),
+        "layer: got 3, expected None, a submodule's name, or several",
+    ),
     "generator": (lambda c, x, y: StandardTrainer(c).fit_generator([x]), "ART DataGenerator or a torch DataLoader"),
     "classifier": (lambda c, x, y: StandardTrainer(c.model), "expected an ART PyTorchClassifier"),
 }
@@ -535,6 +545,27 @@ def test_bad_arguments_are_refused_before_any_work(kind, digits):
     assert same(before, weights(art_classifier.model))
     if "keyword" in kind or kind == "parameter":
         assert isinstance(caught.value, UnknownOptionError)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "settings", "words"),
+    [
+        (AALPTrainer, {"layer": "featurs"}, "layer: got 'featurs', did you mean 'features'"),
+        (AALPTrainer, {"layer": ["features", "lineer"]}, "layer: got 'lineer'.*did you mean 'linear'"),
+        (AALPTrainer, {"layer": "foo"}, "layer: got 'foo'.*its children are features, linear"),
+        (AdvGSCTTrainer, {"form": "finite-difference"}, "'finite-difference' for a network with dropout"),
+        (JSIGRTrainer, {"form": "finite-difference"}, "'finite-difference' for a network with dropout"),
+    ],
+    ids=["no layer", "no second layer", "nothing like it", "adv-gsct", "j-sigr"],
+)
+def test_a_method_refuses_a_network_before_a_checkpoint_is_written(trainer, settings, words, digits, tmp_path):
+    model = small_network()
+    model.linear = nn.Sequential(nn.Dropout(0.2), model.linear)
+    art_classifier = classifier(model.eval())
+    with pytest.raises(ArtSaliencyError, match=words):
+        trainer(art_classifier, eps=0.1, **settings).fit(*digits[:2], **QUICK, checkpoint_dir=tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+    assert not any(module.training for module in model.modules())
 
 
 BAD_CLASSIFIERS = {
@@ -557,6 +588,12 @@ BAD_CLASSIFIERS = {
         r"expected logits of shape \(2, 10\)",
     ),
     "frozen": (lambda: classifier(small_network().requires_grad_(False)), UnsupportedModelError, "trainable parameter"),
+    "double": (
+        lambda: classifier(small_network().double()),
+        UnsupportedModelError,
+        "weight in torch.float64, expected",
+    ),
+    "half": (lambda: classifier(small_network().half()), UnsupportedModelError, r"torch.float16.*\.float\(\)"),
 }
 
 

@@ -115,7 +115,7 @@ def guided_mask(
     Ranking by |c|, not by c: a signed ranking for the true class tells the label, which the network then reads off the mask.
 
     :param contributions: (N, C).
-    :param rate: The share of channels that are candidates, 0 to 1: all but round((1 - rate) * C) of them, and never all. Ties
+    :param rate: The share of channels that are candidates, from 0 to below 1: all but round((1 - rate) * C) of them, and never all. Ties
         are broken at random.
     :param probability: With which each candidate is dropped.
     :param rescale: Whether what is left is scaled up to a mean of 1, as in ordinary dropout.
@@ -191,6 +191,13 @@ def contributions(model: nn.Module, x: Tensor, y: Tensor, *, layer: str | None =
     _checks.one_of("guide", guide, GUIDES[:2])
     name = find_guided_layer(model, x) if layer is None else layer
     return _guiding_pass(model, x, y, [name], guide)[0][0]
+
+
+def _layer_names(layers: Any) -> list[str]:
+    names = list(layers) if isinstance(layers, Sequence) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise _checks.refuse("layer", repr(layers), "None, a submodule's name, or several names")
+    return names
 
 
 # --- weights and loss -----------------------------------------------------------------------------------------------------
@@ -270,7 +277,7 @@ class AALP(ALP):
 
     :param lam: Weight of the pairing, at least 0.
     :param clean_weight: Share of the clean cross-entropy, 0 (adversarial only) to 1; 0.5 is ALP's average.
-    :param rate: The share of channels that Guided Dropout drops, 0 (off) to 1. What is dropped first are channels that are
+    :param rate: The share of channels that Guided Dropout drops, from 0 (off) to below 1. What is dropped first are channels that are
         off anyway: the logged ``dropped_alive`` says how many of the dropped ones were not.
     :param ramp: The share of the run, 0 to 1, over which the rate rises linearly from 0.
     :param guide: One of :data:`GUIDES`.
@@ -283,7 +290,7 @@ class AALP(ALP):
     :param weighting: One of :data:`WEIGHTINGS`; ``"constant"`` turns the module off.
     :param normalise: Whether a batch's weights are divided by their mean.
     :param balance: Whether what a sample's pairing loses, its classification gains; see :func:`aalp_loss`.
-    :param label_smoothing: 0 to 1. The other parameters are those of
+    :param label_smoothing: From 0 to below 1. The other parameters are those of
         :class:`~art_saliency.methods.baselines.AdversarialObjective`.
     """
 
@@ -312,7 +319,7 @@ class AALP(ALP):
         self.rate = _checks.real("rate", rate, least=0, below=1)
         self.ramp = _checks.real("ramp", ramp, least=0, most=1)
         self.guide = _checks.one_of("guide", guide, GUIDES)
-        self.layer = layer if layer is None or isinstance(layer, str) else list(layer)
+        self.layer = layer if layer is None or isinstance(layer, str) else _layer_names(layer)
         self.probability = _checks.real("probability", probability, above=0, most=1)
         self.rescale = _checks.flag("rescale", rescale)
         self.branches = _checks.one_of("branches", branches, BRANCHES)
@@ -390,6 +397,13 @@ class AALP(ALP):
         if structure not in self._found:
             self._found[structure] = find_guided_layer(model, x)
         return [self._found[structure]]
+
+    def check_network(self, model: nn.Module, x: Tensor) -> None:
+        """See :class:`Objective`. :raises InputError: When a guided layer is not there, or gives no features to mask."""
+        if self.rate:
+            y = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+            for layer in self.guided_layers(model, x):
+                contributions(model, x, y, layer=layer)
 
     def _masks(
         self, model: nn.Module, batch: Batch, x_adv: Tensor, rate: float

@@ -137,6 +137,13 @@ class Objective(nn.Module):
         """:return: Constructor arguments, JSON-able; a callable is written as ``{"callable": its name}`` and cannot be read back."""
         return {name: _plain(getattr(self, name)) for name in self.parameter_names()}
 
+    def check_network(self, model: nn.Module, x: Tensor) -> None:
+        """
+        Refuse, before any work starts, a network that this method cannot train. Its modes and weights stay as they are.
+
+        :param model: Maps (N, C, H, W) in [0, 1] to logits. :param x: Two images.
+        """
+
     def radius(self, progress: float) -> float:
         """:return: The share of eps in force after `progress` (0 to 1) of the run: it rises linearly over ``eps_warmup_share``."""
         return warmup(progress, self.eps_warmup_share)

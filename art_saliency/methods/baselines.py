@@ -77,7 +77,7 @@ def trades_loss(
     :param adv_logits: (N, K).
     :param y: (N,) int64, or (N, K) soft labels.
     :param beta: At least 0; 1 / lambda in the paper.
-    :param label_smoothing: 0 to 1, in the cross-entropy.
+    :param label_smoothing: From 0 to below 1, in the cross-entropy.
     :return: Scalar.
     """
     return _smoothed(clean_logits, y, label_smoothing) + beta * kl_divergence(clean_logits, adv_logits).mean()
@@ -149,7 +149,7 @@ def alp_loss(
     :param y: (N,) int64, or (N, K) soft labels.
     :param lam: At least 0. Other code sums the two cross-entropies: its 0.5 is 0.25 here.
     :param clean_weight: 0 (adversarial cross-entropy only) to 1.
-    :param label_smoothing: 0 to 1, in both cross-entropies.
+    :param label_smoothing: From 0 to below 1, in both cross-entropies.
     :param pairing_weights: (N,), w; ``None`` is 1 for every sample.
     :return: Scalar.
     """
@@ -183,7 +183,7 @@ class Standard(Objective):
 
     :param eps: Read by nothing here; the trainer selects checkpoints by robust accuracy at this radius. ``None`` is clean.
     :param norm: The norm of that radius.
-    :param label_smoothing: 0 to 1.
+    :param label_smoothing: From 0 to below 1.
     """
 
     name = "standard"
@@ -320,7 +320,7 @@ class PGDAT(AdversarialObjective):
     """
     Adversarial training (Madry et al. 2018): cross-entropy on the images of PGD.
 
-    :param label_smoothing: 0 to 1. The other parameters are those of :class:`AdversarialObjective`.
+    :param label_smoothing: From 0 to below 1. The other parameters are those of :class:`AdversarialObjective`.
     """
 
     name = "pgd-at"
@@ -386,7 +386,7 @@ class TRADES(AdversarialObjective):
     only the adversarial one moves BatchNorm's running statistics.
 
     :param beta: Weight of the KL, at least 0; larger trades clean accuracy for robustness.
-    :param label_smoothing: 0 to 1, in the cross-entropy. The other parameters are those of :class:`AdversarialObjective`.
+    :param label_smoothing: From 0 to below 1, in the cross-entropy. The other parameters are those of :class:`AdversarialObjective`.
     """
 
     name = "trades"
@@ -467,7 +467,7 @@ class ALP(AdversarialObjective):
 
     :param lam: Weight of the pairing, at least 0.
     :param clean_weight: Share of the clean cross-entropy, 0 (adversarial only) to 1; 0.5 is the authors' average.
-    :param label_smoothing: 0 to 1. The other parameters are those of :class:`AdversarialObjective`.
+    :param label_smoothing: From 0 to below 1. The other parameters are those of :class:`AdversarialObjective`.
     """
 
     name = "alp"

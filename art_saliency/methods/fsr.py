@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from art_saliency import _checks
 from art_saliency.attacks import AdaptiveAttack, AttackLoss, InnerAttack, cross_entropy
@@ -382,7 +381,14 @@ def insert_fsr(
     target: str,
     num_classes: int,
     example: Tensor,
-    **options: Unpack[LayerOptions],
+    *,
+    hidden: int = 64,
+    tau: float = 0.1,
+    zero_init: bool = False,
+    lambda_sep: float = 1.0,
+    lambda_rec: float = 1.0,
+    aux_warmup_share: float = 0.0,
+    randomised: bool = False,
 ) -> nn.Module:
     """
     Put an :class:`FSRLayer` behind a submodule, in place; the network still returns plain logits.
@@ -395,15 +401,31 @@ def insert_fsr(
         (N, L, C) of a vision transformer.
     :param num_classes: K, at least 2.
     :param example: Images that the network takes, for a dry run that tells C, device and dtype; one is enough.
-    :param options: Of :class:`FSRLayer`.
-    :return: The same network.
+    :return: The same network. The other parameters are those of :class:`FSRLayer`.
+    :raises InputError: When there is no such submodule, or one with an FSR layer already, or `num_classes` is not the network's.
+    :raises UnsupportedModelError: When the submodule puts out neither feature maps nor tokens.
     """
     _checks.whole("num_classes", num_classes, least=2, remedy="L_sep needs a wrong class")
+    if not isinstance(example, Tensor):
+        raise _checks.refuse(
+            "example", type(example).__name__, "a tensor (N, C, H, W) of images that the network takes"
+        )
 
     def build(features: Features) -> nn.Module:
         if features.num_classes != num_classes:
             raise _checks.refuse("num_classes", str(num_classes), f"{features.num_classes}, the columns of the logits")
-        return FSRLayer(features.channels, num_classes, tokens=features.tokens, **options)
+        return FSRLayer(
+            features.channels,
+            num_classes,
+            hidden=hidden,
+            tau=tau,
+            zero_init=zero_init,
+            lambda_sep=lambda_sep,
+            lambda_rec=lambda_rec,
+            aux_warmup_share=aux_warmup_share,
+            randomised=randomised,
+            tokens=features.tokens,
+        )
 
     insert_after(model, target, example, "fsr", build)
     return model

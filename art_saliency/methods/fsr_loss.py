@@ -57,6 +57,8 @@ class FSRLoss(nn.CrossEntropyLoss):
         lambda_sep: float = 1.0,
         lambda_rec: float = 1.0,
     ) -> None:
+        if loss is not None and not callable(loss):
+            raise _checks.refuse("loss", repr(loss), "None or a function (logits, y) -> scalar")
         super().__init__(reduction=getattr(loss, "reduction", "mean"))
         self.base = loss
         self.lambda_sep = _checks.real("lambda_sep", lambda_sep, least=0)

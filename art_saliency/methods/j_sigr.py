@@ -25,7 +25,7 @@ from art_saliency.gradients import input_gradient, jacobian_projection, sphere_d
 from art_saliency.methods.base import Batch, LossTerms, Objective, warmup
 from art_saliency.methods.baselines import full_precision
 from art_saliency.methods.points import Point, extreme_point, image_itself, random_point
-from art_saliency.modes import refuse_dropout, side_pass
+from art_saliency.modes import refuse_dropout, side_pass, training
 from art_saliency.perturbation_saliency import (
     SCORES,
     load_or_compute,
@@ -310,6 +310,7 @@ class JSIGR(Objective):
         self.saliency_radius = _positive("saliency_radius", saliency_radius)
         self.warmup_share = _checks.real("warmup_share", warmup_share, least=0, most=1)
         self.form = _checks.one_of("form", form, ("double-backward", "finite-difference"))
+        self.full_float32 = form == "finite-difference"
         self.h = _checks.real("h", h, above=0, most=1)
         self.teacher = teacher
 
@@ -437,6 +438,12 @@ class JSIGR(Objective):
     def _directions(self, logits: Tensor, batch: Batch) -> Directions:
         detached = full_precision(logits).detach()
         return DIRECTIONS[self.directions](detached, batch.y, self.projections, batch.random)
+
+    def check_network(self, model: nn.Module, x: Tensor) -> None:
+        """See :class:`Objective`. :raises UnsupportedModelError: When the network has dropout, in ``form="finite-difference"``."""
+        if self.form == "finite-difference" and (self.lambda_j or self.lambda_s):
+            with training(model):
+                refuse_dropout(model)
 
     def _linearise(self, model: nn.Module, point: Tensor, batch: Batch, salient: Tensor | None) -> _Linearised:
         """

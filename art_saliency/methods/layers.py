@@ -97,8 +97,12 @@ def _resolve(model: nn.Module, layer: str) -> tuple[nn.Module, bool]:
         inside = sorted((known for known in modules if known.endswith("." + name)), key=len)
         name = inside[0] if inside else name
     if not name or name not in modules or side not in ("", "input"):
-        names = [known for known in modules if known]
-        raise _checks.refuse("layer", repr(layer), "a submodule's name" + _checks.suggestion(name, names))
+        wrapped = getattr(model, "network", model)  # as a trainer wraps it: names count from there as well
+        names = [known for known, _ in wrapped.named_modules() if known]
+        hint = (
+            _checks.suggestion(name, names) or f"; its children are {', '.join(n for n, _ in wrapped.named_children())}"
+        )
+        raise _checks.refuse("layer", repr(layer), f"the name of a submodule{hint}")
     return modules[name], side == "input"
 
 

@@ -346,6 +346,8 @@ def remove_inserted(model: nn.Module, target: str | None, name: str) -> nn.Modul
     :return: The same network.
     """
     places = inserted(model, name)
+    if target is not None and not places:
+        raise _checks.refuse("model", f"a network without any {name!r} layer", f"one behind {target!r}")
     if target is not None:
         _checks.one_of("target", target, places)
     elif not places:

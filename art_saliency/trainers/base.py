@@ -379,7 +379,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
                 "scheduler", got, "one that can be kept", "give a torch scheduler or no checkpoint_dir"
             )
         _check_ranks(launched()[1], batch_size, options)
-        check_trainable(self._network, self._classifier)
+        self.objective.check_network(self._network, check_trainable(self._network, self._classifier))
 
     def _check_options(self, options: RunOptions, *, validated: bool) -> None:
         """Refuse options that this method, or this run without validation data, cannot follow."""

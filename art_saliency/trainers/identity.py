@@ -7,6 +7,7 @@ import re
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -72,7 +73,7 @@ def identity_of_run(
         "teacher_epochs": trainer.teacher_epochs,
         "teacher": sha256_of_tensors(teacher.state_dict()) if isinstance(teacher, nn.Module) else None,
         "network": _network(network),
-        "input": network.input_settings(),
+        "input": _input(network),
         "optimizer": _optimizer(optimizer, scheduler),
         "scheduler": scheduler if isinstance(scheduler, str) else _scheduler(scheduler),
         "nb_epochs": epochs,
@@ -82,8 +83,27 @@ def identity_of_run(
     }
 
 
+def _input(network: ClassifierNetwork) -> dict[str, Any] | None:
+    """How images come from [0, 1] to the model; ``None`` where they come as they are."""
+    if (network.low, network.high) == (0.0, 1.0) and not network.steps:
+        return None
+    steps = []
+    for step in network.steps:
+        names = step.params or [
+            name for name in vars(step) if not name.startswith("_")
+        ]  # some of ART's name no parameter
+        steps.append(
+            {"name": type(step).__name__, **{n: _word(getattr(step, n, None)) for n in names if n != "verbose"}}
+        )
+    return {"clip_values": [network.low, network.high], "preprocessing": steps}
+
+
 def _word(value: Any) -> Any:
-    """A plain value as it is; of anything else its words, without the addresses that change from process to process."""
+    """A plain value as it is, a digest of an array; of anything else its words, without addresses, which change with the process."""
+    if isinstance(value, (np.ndarray, Tensor)):
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
+        return f"{array.dtype} {array.shape} {array.ravel()[:3].tolist()} {digest}"
     return value if isinstance(value, _PLAIN) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
@@ -102,7 +122,9 @@ def _optimizer(optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
     own = scheduler is None or isinstance(scheduler, str)  # else the user's scheduler may have moved them already
     groups = [
         {
-            "lr": _word(float(group.get("initial_lr", group["lr"]))) if own or "initial_lr" in group else None,
+            "lr": _word(
+                float(group.get("initial_lr", group["lr"] if own else optimizer.defaults.get("lr", group["lr"])))
+            ),
             "parameters": len(group["params"]),
             **{
                 key: _word(value)

@@ -44,8 +44,8 @@ class ClassifierNetwork(nn.Module):
         super().__init__()
         self.network: nn.Module = classifier.model
         self.low, self.high = pixel_range(classifier)
-        self._steps: Sequence[Any] = [step for step in classifier.preprocessing_operations if not _is_identity(step)]
-        for step in self._steps:
+        self.steps: Sequence[Any] = [step for step in classifier.preprocessing_operations if not _is_identity(step)]
+        for step in self.steps:
             if not isinstance(step, PreprocessorPyTorch):
                 raise UnsupportedModelError(
                     f"preprocessing: got {type(step).__name__}, which works on arrays and has no gradient; expected PyTorch "
@@ -61,21 +61,11 @@ class ClassifierNetwork(nn.Module):
         """:param x: (N, C, H, W) in [0, 1]. :return: (N, K) logits."""
         if (self.low, self.high) != (0.0, 1.0):
             x = x * (self.high - self.low) + self.low
-        for step in self._steps:
+        for step in self.steps:
             if step.apply_fit if self.training else step.apply_predict:
                 x = step.forward(x, None)[0]
         logits: Tensor = self.network(x)
         return logits
-
-    def input_settings(self) -> dict[str, Any] | None:
-        """:return: How images come from [0, 1] to the model, JSON-able; ``None`` where they come as they are."""
-        if (self.low, self.high) == (0.0, 1.0) and not self._steps:
-            return None
-        steps = [
-            {"name": type(step).__name__, **{name: str(getattr(step, name, None)) for name in step.params}}
-            for step in self._steps
-        ]
-        return {"clip_values": [self.low, self.high], "preprocessing": steps}
 
 
 def _is_identity(step: Any) -> bool:
@@ -84,11 +74,13 @@ def _is_identity(step: Any) -> bool:
     return mean is not None and std is not None and bool(np.all(np.asarray(mean) == 0) and np.all(np.asarray(std) == 1))
 
 
-def check_trainable(network: ClassifierNetwork, classifier: PyTorchClassifier) -> None:
+def check_trainable(network: ClassifierNetwork, classifier: PyTorchClassifier) -> Tensor:
     """
     Try the network on one batch before any work starts, in eval mode, leaving weights, gradients and modes alone.
 
-    :raises UnsupportedModelError: When it does not give differentiable (N, K) logits, or preprocessing changes the batch.
+    :return: The batch: two images in [0, 1].
+    :raises UnsupportedModelError: When it does not compute in float32 or give differentiable (N, K) logits, or preprocessing
+        changes the batch.
     :raises InputError: When the classifier has no optimizer, or is not one of images with channels first.
     """
     if classifier.optimizer is None:
@@ -106,10 +98,16 @@ def check_trainable(network: ClassifierNetwork, classifier: PyTorchClassifier) -
         )
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise UnsupportedModelError("model: got no trainable parameter, expected at least one with requires_grad=True")
+    for name, parameter in network.network.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            raise UnsupportedModelError(
+                f"model: got {name} in {parameter.dtype}, expected torch.float32; convert the network with .float() before its "
+                f"optimizer is made: precision='bf16-mixed' is what makes a step faster"
+            )
     x = torch.linspace(0, 1, 2 * int(np.prod(classifier.input_shape)), device=classifier.device)
     x = x.view(2, *classifier.input_shape).requires_grad_(True)
     y = torch.zeros(2, classifier.nb_classes, device=classifier.device)
-    for step in network._steps:
+    for step in network.steps:
         new_x, new_y = step.forward(x, y)
         if len(new_x) != 2 or (new_y is not None and not torch.equal(new_y, y)):
             raise UnsupportedModelError(
@@ -129,3 +127,4 @@ def check_trainable(network: ClassifierNetwork, classifier: PyTorchClassifier) -
             "model: got logits without a gradient to the images, expected a differentiable forward pass; look for "
             ".detach(), torch.no_grad(), rounding or argmax in the network or its preprocessing"
         )
+    return x.detach()

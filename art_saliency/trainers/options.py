@@ -96,6 +96,11 @@ class RunOptions:
             _checks.real("grad_clip", options.grad_clip, above=0)
         if options.augment is not None and not callable(options.augment):
             raise _checks.refuse("augment", type(options.augment).__name__, "a callable such as data.Augmentation()")
+        given_extensions: Sequence[Any] = options.extensions
+        for extension in given_extensions:
+            if not isinstance(extension, Extension):
+                got = f"a {type(extension).__name__} among them"
+                raise _checks.refuse("extensions", got, "objects of classes derived from Extension")
         _checks.flag("deterministic", options.deterministic)
         _checks.flag("channels_last", options.channels_last)
         _checks.flag("verbose", options.verbose)

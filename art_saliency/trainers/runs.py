@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from art.estimators.classification import PyTorchClassifier
@@ -14,7 +15,7 @@ from torch import nn
 from art_saliency import _checks
 from art_saliency.errors import CheckpointError
 from art_saliency.files import read_tensors, sha256_of_tensors, write_file, write_tensors
-from art_saliency.methods.fsr import FSRLayer, fsr_layers, insert_fsr
+from art_saliency.methods.fsr import FSRLayer, LayerOptions, fsr_layers, insert_fsr
 from art_saliency.networks import art_device_type, build_network
 from art_saliency.training.records import History, versions
 
@@ -23,6 +24,8 @@ __all__ = ["MEASURED", "SCHEMA", "load", "make_classifier", "read_run", "save"]
 SCHEMA = 1
 """Of ``run.json``; raised when a reader of an older one would misread it."""
 
+
+_LAYER = (*get_type_hints(LayerOptions), "randomised")
 
 MEASURED = ("evaluation.json", "x_adv.pt", "explain.png", "saliency.png", "report", "autoattack-state")
 """What the command line writes into a run's folder of its weights; :func:`save` takes it away with them."""
@@ -81,7 +84,7 @@ def save(
     path.mkdir(parents=True, exist_ok=True)
     has_fsr = any(isinstance(child, FSRLayer) for child in classifier.model.modules())
     found = fsr_layers(classifier.model) if has_fsr else {}
-    layers = {target: {"hidden": layer.hidden, "tau": layer.tau} for target, layer in found.items()}
+    layers = {target: {name: getattr(layer, name) for name in _LAYER} for target, layer in found.items()}
     weights = {name: value.detach().cpu() for name, value in classifier.model.state_dict().items()}
     page = {
         "schema": SCHEMA,
@@ -94,9 +97,10 @@ def save(
         "versions": versions(),
         "history": {"meta": history.meta, "epochs": history.records},
     }
-    for name in MEASURED:  # of the weights that are replaced now
-        _remove(path / name)
     write_tensors(path / "weights.pt", weights)
+    if (path / "run.json").is_file():  # else what has such a name is somebody's own
+        for name in MEASURED:
+            _remove(path / name)
     write_file(path / "run.json", lambda file: file.write(json.dumps(page, indent=1).encode()))
     return path
 
@@ -165,12 +169,18 @@ def readable(path: Path) -> Path:
     return path
 
 
-def load(folder: str | Path, *, device: torch.device | str = "cpu") -> PyTorchClassifier:
+def load(
+    folder: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    optimizer: Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer] | None = None,
+) -> PyTorchClassifier:
     """
-    Give a trained run back as an ART classifier in eval mode, ready for attacks; give it an optimizer to train on.
+    Give a trained run back as an ART classifier in eval mode, ready for attacks, and with an optimizer for a trainer.
 
     :param folder: What ``art-saliency train --out`` or :func:`save` wrote.
     :param device: Where the network is to lie.
+    :param optimizer: Makes one of the parameters; ``None`` makes none, and the classifier cannot be trained.
     :return: The classifier.
     :raises CheckpointError: When a file is missing, damaged, or not the one that ``run.json`` names.
     """
@@ -192,6 +202,8 @@ def load(folder: str | Path, *, device: torch.device | str = "cpu") -> PyTorchCl
         raise CheckpointError(
             f"{folder}: the weights do not fit {name!r}: {str(error).splitlines()[1].strip()}"
         ) from error
-    classifier = make_classifier(model, input_shape=shape, num_classes=network["num_classes"], device=device)
+    own = None if optimizer is None else optimizer(model.parameters())
+    classes = network["num_classes"]
+    classifier = make_classifier(model, input_shape=shape, num_classes=classes, optimizer=own, device=device)
     classifier.model.eval()
     return classifier

@@ -201,6 +201,7 @@ def train_surrogates(
         trained: nn.Module = classifier.model
         return trained.eval()
 
+    torch.empty(0, device=where)  # an idle CUDA would be started with the seed of a copy, and not be put back
     with global_generators_kept():
         return surrogates_for(train_copy, method, seed=seed, own_seed=recipe.seed)
 

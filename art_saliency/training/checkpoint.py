@@ -73,8 +73,8 @@ def cadence(every: int | str) -> tuple[int, str]:
 
 class Checkpoints:
     """
-    Where a run is kept. The last two checkpoints stay, and no other file in the folder is touched; a run of another process there is
-    refused while it goes on.
+    Where a run is kept. The last two checkpoints stay, and no other file in the folder is touched; another run there is refused
+    while it goes on, and so is one that began to look before it.
 
     Of several processes that train together each reads the folder, so that each refuses what does not fit; rank 0 alone writes, and
     when they go on all take up what it has read. It keeps its own state whole, and what differs in the others'. They agree between
@@ -318,6 +318,12 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         if self.rank == 0:
             self._held.enter_context(_alone(self.folder))
+            if (newest := max((number for number, _, _ in _files(self.folder)), default=0)) != self._number:
+                self._held.close()
+                raise CheckpointError(
+                    f"{self.folder}: got checkpoint {newest} of a run that has gone on meanwhile, expected {self._number}, from which "
+                    f"this one was to go on; run it again"
+                )
         self._threads, self._signal, self._handlers = torch.get_num_threads(), None, {}
         self._writer = ThreadPoolExecutor(1, "checkpoints")
         if threading.current_thread() is threading.main_thread():
@@ -362,20 +368,25 @@ def clear(folder: Path) -> None:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """
-    Keep other processes' runs out of a folder for the duration: two would take each other's checkpoints away.
+    Keep other runs out of a folder for the duration: two would take each other's checkpoints away.
 
     The system takes the lock back when the process ends, however it does. Where it knows none, nothing is kept out.
 
-    :raises CheckpointError: When another process has the folder.
+    :raises CheckpointError: When another run has the folder.
     """
     try:
         import fcntl
     except ImportError:  # Windows
         yield
         return
-    path = folder / _LOCK
-    taken = CheckpointError(f"{folder}: another process keeps its run there; wait for its end or choose another folder")
-    with path.open("ab") as file:
+    path, own = folder / _LOCK, (os.getpid(), os.path.realpath(folder))
+    taken = CheckpointError(f"{folder}: another run is kept there now; wait for its end or choose another folder")
+    if own in _HELD:  # the lock is the process's, not the thread's: to open its file and close it would give it back
+        raise taken
+    _HELD.add(own)
+    with contextlib.ExitStack() as held:
+        held.callback(_HELD.discard, own)
+        file = held.enter_context(path.open("ab"))
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -383,10 +394,12 @@ def _alone(folder: Path) -> Iterator[None]:
                 raise taken from error
         if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
             raise taken  # its owner took the file away in between: it is at its end
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        held.callback(path.unlink, missing_ok=True)
+        yield
+
+
+_HELD: set[tuple[int, str]] = set()
+"""The folders that runs of this process keep to themselves; a fork's are not its parent's."""
 
 
 def _files(folder: Path) -> list[tuple[int, str, Path]]:
