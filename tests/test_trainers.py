@@ -550,9 +550,9 @@ def test_bad_arguments_are_refused_before_any_work(kind, digits):
 @pytest.mark.parametrize(
     ("trainer", "settings", "words"),
     [
-        (AALPTrainer, {"layer": "featurs"}, "layer: got 'featurs', did you mean 'features'"),
+        (AALPTrainer, {"layer": "featurs"}, "layer: got 'featurs'.*did you mean 'features'"),
         (AALPTrainer, {"layer": ["features", "lineer"]}, "layer: got 'lineer'.*did you mean 'linear'"),
-        (AALPTrainer, {"layer": "foo"}, "layer: got 'foo'.*its children are features, linear"),
+        (AALPTrainer, {"layer": "foo"}, "layer: got 'foo'.*its children are features, flat, linear"),
         (AdvGSCTTrainer, {"form": "finite-difference"}, "'finite-difference' for a network with dropout"),
         (JSIGRTrainer, {"form": "finite-difference"}, "'finite-difference' for a network with dropout"),
     ],
