@@ -153,6 +153,14 @@ def is_dense(value: Any) -> bool:
     return value.layout == torch.strided
 
 
+def _way_to_dense(tensor: Tensor) -> str:
+    if tensor.is_meta:
+        return "put it on a device that holds values,"
+    if tensor.is_nested:
+        return "pad it by torch.nested.to_padded_tensor,"
+    return f"call {'.dequantize()' if tensor.is_quantized else '.to_dense()'} on it,"
+
+
 def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     """
     Hash tensors.
@@ -164,9 +172,8 @@ def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         if not is_dense(tensors[name]):
             got = f"{name!r}, a tensor of {tensors[name].layout}, {tensors[name].dtype}"
-            raise _checks.refuse(
-                "tensors", got, "dense tensors", "call .to_dense() on it, or keep it out of the state dict"
-            )
+            remedy = f"{_way_to_dense(tensors[name])} or keep it out of the state dict"
+            raise _checks.refuse("tensors", got, "dense tensors", remedy)
         tensor = tensors[name].detach().cpu().contiguous()
         # The name's length comes first, so that no name can pass for the end of another tensor.
         digest.update(f"{len(name)}|{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())

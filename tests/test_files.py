@@ -336,20 +336,20 @@ def test_a_folder_has_the_permissions_that_any_new_one_gets(tmp_path, umask):
 
 @pytest.mark.filterwarnings("ignore:.*(beta|prototype|deprecated)")
 @pytest.mark.parametrize(
-    "make",
+    ("make", "remedy"),
     [
-        lambda: torch.eye(3).to_sparse(),
-        lambda: torch.eye(3).to_sparse_csr(),
-        lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
-        lambda: torch.ones(2, device="meta"),
-        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        (lambda: torch.eye(3).to_sparse(), "call .to_dense"),
+        (lambda: torch.eye(3).to_sparse_csr(), "call .to_dense"),
+        (lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8), "call .dequantize"),
+        (lambda: torch.ones(2, device="meta"), "put it on a device"),
+        (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "pad it"),
     ],
     ids=["sparse", "sparse rows", "quantized", "without data", "nested"],
 )
-def test_tensors_that_are_not_dense_are_refused_by_name(make):
+def test_tensors_that_are_not_dense_are_refused_by_name(make, remedy):
     value = make()
     assert not is_dense(value)
-    with pytest.raises(InputError, match=r"got 'odd', a tensor of torch\..*expected dense tensors"):
+    with pytest.raises(InputError, match=r"got 'odd', a tensor of torch\..*expected dense tensors; " + remedy):
         sha256_of_tensors({"a": torch.ones(2), "odd": value})
 
 
