@@ -588,6 +588,11 @@ BAD_CLASSIFIERS = {
         r"expected logits of shape \(2, 10\)",
     ),
     "frozen": (lambda: classifier(small_network().requires_grad_(False)), UnsupportedModelError, "trainable parameter"),
+    "probabilities": (
+        lambda: classifier(nn.Sequential(small_network(), nn.Softmax(1))),
+        UnsupportedModelError,
+        "got probabilities, expected logits.*take the softmax out",
+    ),
     "double": (
         lambda: classifier(small_network().double()),
         UnsupportedModelError,

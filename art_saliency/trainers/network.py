@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from art_saliency import _checks
 from art_saliency.errors import UnsupportedModelError
-from art_saliency.modes import evaluating, frozen
+from art_saliency.networks import check_network
 
 __all__ = ["ClassifierNetwork", "pixel_range"]
 
@@ -105,7 +105,7 @@ def check_trainable(network: ClassifierNetwork, classifier: PyTorchClassifier) -
                 f"optimizer is made: precision='bf16-mixed' is what makes a step faster"
             )
     x = torch.linspace(0, 1, 2 * int(np.prod(classifier.input_shape)), device=classifier.device)
-    x = x.view(2, *classifier.input_shape).requires_grad_(True)
+    x = x.view(2, *classifier.input_shape)
     y = torch.zeros(2, classifier.nb_classes, device=classifier.device)
     for step in network.steps:
         new_x, new_y = step.forward(x, y)
@@ -114,17 +114,5 @@ def check_trainable(network: ClassifierNetwork, classifier: PyTorchClassifier) -
                 f"preprocessing: {type(step).__name__} changes the number of images or the labels; expected one that "
                 f"changes pixels only; train without it"
             )
-    with evaluating(network), frozen(network), torch.enable_grad():
-        logits = network(x)
-    if not isinstance(logits, Tensor) or logits.shape != (2, classifier.nb_classes):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UnsupportedModelError(
-            f"model: got {got} for two images, expected logits of shape (2, {classifier.nb_classes}) and nothing else"
-        )
-    gradient = torch.autograd.grad(logits.sum(), x, allow_unused=True)[0] if logits.requires_grad else None
-    if gradient is None:
-        raise UnsupportedModelError(
-            "model: got logits without a gradient to the images, expected a differentiable forward pass; look for "
-            ".detach(), torch.no_grad(), rounding or argmax in the network or its preprocessing"
-        )
-    return x.detach()
+    check_network(network, classifier.input_shape, classifier.nb_classes)
+    return x
