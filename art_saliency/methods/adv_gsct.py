@@ -239,11 +239,13 @@ class AdvGSCT(Objective):
     :param warmup_share: The share of the run over which these four weights rise from 0.
     :param eps_warmup_share: The share of the run over which the radius rises from 0: a network that is met with the full one at
         first may never leave the plateau on which it predicts one class for everything.
-    :param saliency: What is differentiated: ``"loss"``, ``"logit"`` or ``"margin"``, or a function (logits, y) -> (N,).
+    :param saliency: What is differentiated: ``"loss"``, ``"logit"`` or ``"margin"``, or a function (logits, y) -> (N,), of
+        which :meth:`config` keeps the name alone: such a run cannot be repeated from its record.
     :param offending: Where the learned saliency is taken: a random ``"extreme-point"`` of the ball (a corner for Linf), a
         ``"random-start"`` inside it, ``"zero-start"`` (the image) or ``"noise-augmented"``.
     :param pseudo_input: ``"essential"``, ``"one-step"``, ``"lowest-noise"``, ``"convex-mix"``.
-    :param baseline: What a drained pixel moves to: ``"auto"``, ``"zero"``, ``"channel-mean"``.
+    :param baseline: What a drained pixel moves to: ``"auto"``, ``"zero"``, ``"channel-mean"``, or a function
+        x -> (N, C, H, W), kept by name likewise.
     :param label_on: Which images the classification loss sees: ``"pseudo-input"``, or ``"both"`` for the mean with clean ones.
     :param target_network: Whose saliency is the label: ``"current"``, or ``"ema"``, the slow copy that the loop keeps.
     :param form: ``"double-backward"``, or ``"finite-difference"``: one more forward pass instead of second derivatives, see

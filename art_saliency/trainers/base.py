@@ -160,6 +160,10 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
             ``validate_every``, ``validation_split``, ``selection``, ``patience``, ``ema``, ``swa_from``, ``awp``,
             ``label_smoothing``, ``checkpoint_dir``, ``checkpoint_every``, ``resume``, ``extensions``, ``verbose``. An unknown
             keyword is refused.
+        :raises InputError: When data or options are refused: before any work starts, with nothing changed.
+        :raises UnsupportedModelError: When the method cannot train this network: likewise.
+        :raises CheckpointError: When checkpoints cannot be read or written.
+        :raises NonFiniteLossError: When the loss is NaN or Inf, with the last finite weights put back.
         :raises TrainingInterrupted: By SIGINT or SIGTERM, where there is a ``checkpoint_dir``.
         """
         options = RunOptions.checked(f"{type(self).__name__}.fit", kwargs)
