@@ -520,10 +520,6 @@ BAD_FITS = {
     "split": (lambda c, x, y: StandardTrainer(c).fit(x, y, validation_split=1), "validation_split: got 1"),
     "layout": (lambda c, x, y: StandardTrainer(c).fit(x, y, channels_last=1), "channels_last: got 1"),
     "precision": (lambda c, x, y: StandardTrainer(c).fit(x, y, precision="fp16"), "'32-true', 'bf16-mixed'"),
-    "whole pixels": (
-        lambda c, x, y: StandardTrainer(c).fit((x > 0.5).long(), y),
-        "x: got dtype torch.int64, expected floats",
-    ),
     "extensions": (lambda c, x, y: StandardTrainer(c).fit(x, y, extensions=[3]), "extensions: got a int among them"),
     "layer type": (
         lambda c, x, y: AALPTrainer(c, eps=0.1, layer=3),
