@@ -468,6 +468,60 @@ def test_a_network_whose_gradients_are_no_numbers_is_convicted_of_that_alone_and
     json.dumps(report.to_json(), allow_nan=False)
 
 
+def silent_on(row, *, sometimes=False):
+    """Changes the logits of one row to no numbers in every pass over the whole batch; or in every other pass."""
+    passes = []
+
+    def change(z):
+        passes.append(len(z))
+        return (
+            torch.where((torch.arange(len(z)) == row)[:, None], torch.nan, z) if len(passes) % 2 or not sometimes else z
+        )
+
+    return change
+
+
+def test_logits_that_are_no_numbers_are_left_out_of_what_is_measured_and_missing_once_they_are_a_difference(data):
+    x, y = data[0][:20], data[1][:20]
+    model, row = trained("standard").eval(), 7
+    others_rows = torch.arange(20) != row
+
+    def lab(network, keep=slice(None)):
+        return Laboratory(network, x[keep], y[keep], ThreatModel("Linf", 0.1), AuditBudget(), batch_size=20, seed=0)
+
+    plain, spoilt = lab(model, others_rows), lab(After(model, silent_on(row)))
+    assert (spoilt.gap, spoilt.answers) == (pytest.approx(plain.gap), plain.answers)
+    assert (spoilt.spread, spoilt.randomised) == (0, False)
+    assert spoilt.alone == pytest.approx(plain.alone, abs=1e-6)
+    sometimes = lab(After(model, silent_on(row, sometimes=True)))
+    assert (sometimes.spread, sometimes.randomised) == (1, True)
+    nowhere = lab(After(model, lambda z: z / 0))
+    assert (nowhere.gap, nowhere.spread, nowhere.alone, nowhere.answers) == (1, 0, 0, 0)
+
+
+class NowhereOn(nn.Module):
+    """A network that says nothing of one image."""
+
+    def __init__(self, model, image):
+        super().__init__()
+        self.model, self.image = model, image
+
+    def forward(self, x):
+        same = (x - self.image).abs().flatten(1).amax(1) < 1e-6
+        return torch.where(same[:, None], torch.nan, self.model(x))
+
+
+def test_one_image_without_logits_hides_nothing_of_the_others(data):
+    quick = AuditBudget(max_iter=20, restarts=1, long=1, noise_draws=2, square_queries=5)
+    x, y = (part[:60] for part in data)
+    network = NowhereOn(After(trained("standard"), lambda z: 100 * z), x[50])
+    report = audit(network, x, y, eps=0.1, budget=quick, batch_size=60, progress=False)
+    assert "the size of the logits hides nothing" in report.reasons
+    deterministic = next(check for check in report.checks if check.name == "deterministic forward pass")
+    assert deterministic.status == "pass"
+    json.dumps(report.to_json(), allow_nan=False)
+
+
 def test_square_is_left_out_with_its_reason_where_it_cannot_run():
     model = nn.Sequential(nn.Flatten(), nn.Linear(14 * 14, 10))
     x = torch.rand(8, 1, 14, 14)

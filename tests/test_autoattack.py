@@ -867,17 +867,22 @@ def test_a_count_that_a_clean_pass_does_not_confirm_is_reported(trained: Any, mo
                for w in result.warnings)  # fmt: skip
 
 
-def test_logits_that_are_no_numbers_are_not_correct(trained: Any) -> None:
+@pytest.mark.parametrize("place", [0, -1], ids=["in the first batch", "in a later one"])
+def test_logits_that_are_no_numbers_are_not_correct(trained: Any, tmp_path: Path, place: int) -> None:
     """argmax calls a row of NaN class 0."""
     model, x, y = trained
-    row = int((y == 0).nonzero()[-1])
-    assert row >= 16  # past the batch that is looked at first
+    row = int((y == 0).nonzero()[place])
+    assert (row < 16) == (place == 0)
     spoilt = Odd(model, lambda z: z)
     spoilt.register_forward_hook(
         lambda m, args, z: torch.where((args[0] == x[row]).flatten(1).all(1)[:, None], z / 0 * 0, z)
     )
-    result = ours(spoilt.eval(), x, y, version="custom", attacks=["square"])
+    result, again = (
+        ours(spoilt.eval(), x, y, version="custom", attacks=["square"], state_dir=tmp_path) for _ in range(2)
+    )
+    assert torch.equal(result.x_adv, again.x_adv)
     assert not result.correct[row]
+    assert "NaN or infinite logits on 1 of 40 clean images, which count as errors" in result.warnings
     assert result.clean_accuracy == pytest.approx(
         ours(model, x, y, version="custom", attacks=["square"]).clean_accuracy - 1 / 40
     )

@@ -50,6 +50,7 @@ class Laboratory:
     :param model: Maps (N, C, H, W) in [0, 1] to logits.
     :param x: (N, C, H, W) where the network is. :param y: (N,).
     :ivar randomised: Whether two forward passes of the same images differ.
+    :ivar gap: Between the two highest logits, the median over images; as all that is measured of clean logits, over finite ones.
     :ivar differentiable: Whether logits have a gradient to the images at all.
     :ivar answers: How many classes the network gives to the clean images, each counted once.
     :ivar clean: (N,) scores: the share of forward passes in which a clean image is classified right.
@@ -77,8 +78,10 @@ class Laboratory:
             self.alone = max(_relative(self.logits(x[i : i + 1]), first[i : i + 1]) for i in range(min(4, len(x))))
         self.spread = _relative(first, second)
         self.randomised = self.spread > 1e-4  # AutoAttack's own threshold
-        self.gap = float((first.topk(2, dim=1).values @ first.new_tensor([1.0, -1.0])).abs().median())
-        self.answers = len(torch.unique(first[torch.isfinite(first).all(1)].argmax(1)))
+        answered = first[torch.isfinite(first).all(1)]
+        gaps = (answered.topk(2, dim=1).values @ first.new_tensor([1.0, -1.0])).abs()
+        self.gap = float(gaps.median()) if len(gaps) else 1.0
+        self.answers = len(torch.unique(answered.argmax(1)))
         self.restarts, self.long = (1, 2) if self.randomised else (budget.restarts, budget.long)
         self.differentiable = self._is_differentiable()
         self.clean = self.score(x)
@@ -244,5 +247,12 @@ class Laboratory:
 
 
 def _relative(first: Tensor, second: Tensor) -> float:
-    """:return: The greatest distance of two passes' logits, relative to the logits' own size."""
-    return float((first - second).abs().max() / first.abs().max().clamp_min(1e-12))
+    """
+    :return: The greatest distance of two passes' logits, relative to the logits' own size, over rows that are finite in both; at
+        least 1 where a row is so in one of them alone.
+    """
+    finite, again = torch.isfinite(first).all(1), torch.isfinite(second).all(1)
+    both, least = finite & again, 0.0 if torch.equal(finite, again) else 1.0
+    if not bool(both.any()):
+        return least
+    return max(least, float((first[both] - second[both]).abs().max() / first[both].abs().max().clamp_min(1e-12)))

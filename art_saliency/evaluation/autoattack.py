@@ -153,8 +153,8 @@ def autoattack(
     :param progress: Whether a bar is shown on stderr.
     :return: The result.
     :raises MissingDependencyError: When neither distribution of AutoAttack is installed.
-    :raises UnsupportedModelError: When the network's weights are not float32, when it does not return logits, or when these have
-        no gradient to the images and an attack needs one.
+    :raises UnsupportedModelError: When the network's weights are not float32, when it does not return logits, when these are finite
+        on no image, or when they have no gradient to the images and an attack needs one.
     :raises InputError: When an argument is outside what is accepted, or `state_dir` was begun with other settings.
     """
     threat = ThreatModel(norm, _checks.real("eps", eps, above=0))
@@ -188,11 +188,17 @@ def autoattack(
             "weights_sha256": weights_sha256(model),
             "data_sha256": sha256_of_tensors({"x": images, "y": targets}),
         }
+        clean_classes = _predictions(model, images, home, batch_size)
+        silent = int((clean_classes < 0).sum())
+        if silent == len(images):
+            raise UnsupportedModelError(
+                "model: got NaN or infinite logits on every clean image, expected finite ones; look at its weights"
+            )
+        clean = clean_classes == targets
         memory = None
         if state_dir is not None:
             probe = {"logits": logits[:_PROBE].tolist(), "square_queries": square_queries, "torch": torch.__version__}
             memory = Memory(Path(state_dir), {**record, **probe})
-        clean = _predictions(model, images, home, batch_size) == targets
         engine = backend.engine(model, threat, version, plan, square_queries, seed, home, messages)
         with _progress_bar(plan, clean, shown=progress) as seen:
             calls = Calls(engine, messages, memory, seen)
@@ -200,7 +206,8 @@ def autoattack(
             with _cause_named(model, images[:1].to(home)):
                 x_adv, y_adv = backend.run(engine, images, targets, batch_size)
         correct = _predictions(model, x_adv, home, batch_size) == targets
-        doubts = [*_outside(x_adv, images, threat), *_recount(correct, y_adv == targets)]
+        said = f"NaN or infinite logits on {silent} of {len(images)} clean images, which count as errors"
+        doubts = [*([said] if silent else []), *_outside(x_adv, images, threat), *_recount(correct, y_adv == targets)]
         if weights_sha256(model) != record["weights_sha256"]:
             doubts.append("the network's state_dict changed during the evaluation, which in eval mode it must not")
     for doubt in doubts:
@@ -243,10 +250,10 @@ def _device_name(device: torch.device) -> str:
 
 
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
-    """:return: The network's output, when AutoAttack can attack it: logits (N, K), in full precision, finite."""
+    """:return: The network's output, when AutoAttack can attack it: logits (N, K), in full precision."""
     with torch.no_grad():
         logits = model(x)
-    wanted = f"logits ({len(x)}, K), one finite float32 tensor"
+    wanted = f"logits ({len(x)}, K), one float32 tensor"
     if not isinstance(logits, Tensor):
         raise UnsupportedModelError(
             f"model: got {type(logits).__name__}, expected {wanted}; wrap it to return only those"
@@ -257,8 +264,6 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
         )
     if logits.dtype not in (torch.float32, torch.float64):
         raise UnsupportedModelError(f"model: got {logits.dtype}, expected {wanted}; its rounding would mask gradients")
-    if not bool(torch.isfinite(logits).all()):
-        raise UnsupportedModelError(f"model: got NaN or infinite logits on clean images, expected {wanted}")
     return logits
 
 
