@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from art_saliency.evaluation.accuracy import binomial_interval
-from art_saliency.robustbench.evidence import spread
 from art_saliency.robustbench.statement import stated_records
 
 __all__ = ["BATCH_SIZE", "compared", "wanted_benchmark"]
 
 BATCH_SIZE = 32
 """RobustBench's own: what its maintainers run. AutoAttack's result depends on it, and on the seed."""
+
+_STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+"""Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom; for more, the last is a little too much."""
+
+_FEW = 3
+"""Images that fall to either side by another rounding, of which seeds that happen to agree say nothing."""
 
 
 def wanted_benchmark(
@@ -41,8 +48,7 @@ def compared(seen: dict[str, Any], report: dict[str, Any]) -> tuple[dict[str, An
     """
     RobustBench's numbers against the stated ones.
 
-    Exactly, when the evaluation was made with RobustBench's batch size; else within the 95 % interval of the count, and within
-    the spread over seeds where there are several. (Bits depend on the machine too: on another one an image at the boundary may
+    Exactly, when the evaluation was made with RobustBench's batch size; else within what :func:`_allowed` says. (Bits depend on the machine too: on another one an image at the boundary may
     fall to the other side, and the evaluation has to be repeated there.)
 
     :param seen: What :func:`art_saliency.robustbench.fresh.answer` found. :param report: The bundle's ``evaluation.json``, without problems.
@@ -51,11 +57,7 @@ def compared(seen: dict[str, Any], report: dict[str, Any]) -> tuple[dict[str, An
     record, count = report["stated"], seen["count"]
     clean, robust = (round(record[name] * count) for name in ("clean_accuracy", "robust_accuracy"))
     exact = record["batch_size"] == BATCH_SIZE
-    low, high = binomial_interval(robust, count)
-    if (
-        over := spread(stated_records(report))
-    ) is not None:  # of its evaluations: what it says of itself proves nothing
-        low, high = max(low, over["low"]), min(high, over["high"])
+    low, high = _allowed(report, robust, count)
     share, wrong = seen["robust"] / count, []
     if seen["data_sha256"] != record["data_sha256"]:
         wrong.append("benchmark: these are not the images and labels of the evaluation")
@@ -85,3 +87,24 @@ def compared(seen: dict[str, Any], report: dict[str, Any]) -> tuple[dict[str, An
         "same_images": seen["data_sha256"] == record["data_sha256"],
     }
     return found, wrong
+
+
+def _allowed(report: Mapping[str, Any], robust: int, count: int) -> tuple[float, float]:
+    """
+    Where an honest evaluation's number may lie when it is made again with other random draws.
+
+    Within the 95 % interval of the count, though that is too wide: the images are the same ones. Where there are several seeds,
+    also within their 95 % prediction interval for one draw more, mean +- t s sqrt(1 + 1/k), and a few images: the least and
+    the greatest of k seeds are no bounds, for a new one lies outside of them in 2 of k + 1 cases.
+
+    :return: The ends, 0 to 1.
+    """
+    low, high = binomial_interval(robust, count)
+    values = [evidence.record["robust_accuracy"] for evidence in stated_records(report)]
+    seeds = len(values)
+    if seeds > 1:  # of its evaluations: what it says of their spread proves nothing
+        mean = sum(values) / seeds
+        deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (seeds - 1))
+        half = _STUDENT[min(seeds - 1, len(_STUDENT)) - 1] * deviation * math.sqrt(1 + 1 / seeds) + _FEW / count
+        low, high = max(low, mean - half), min(high, mean + half)
+    return low, high
