@@ -221,6 +221,34 @@ def test_files_that_are_no_evaluation_are_refused(evaluated, tmp_path, text):
         gather(0.5, deployable(evaluated[0]), THREAT)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("robust_accuracy_after", {"apgd-ce": "x"}),
+        ("robust_accuracy_after", {"apgd-ce": None}),
+        ("deviations", [1]),
+        ("warnings", [["x"]]),
+        ("versions", {"torch": 2}),
+        ("versions", ["2"]),
+    ],
+)
+def test_an_evaluation_whose_parts_are_of_another_type_is_no_evaluation(evaluated, tmp_path, field, value):
+    path = tmp_path / "evaluation.json"
+    path.write_text(json.dumps({**evaluated[1][0].to_json(), field: value}))
+    with pytest.raises(CheckpointError, match=f"no evaluation with AutoAttack, {field} missing or not what"):
+        gather(path, deployable(evaluated[0]), THREAT)
+
+
+def test_a_file_of_other_tensors_beside_an_evaluation_is_refused(evaluated, tmp_path):
+    model, results = evaluated
+    other = {"x_adv": torch.tensor(0.5)}
+    torch.save(other, tmp_path / "x_adv.pt")
+    path = tmp_path / "evaluation.json"
+    path.write_text(json.dumps({"autoattack_details": results[0].to_json(), "x_adv_sha256": sha256_of_tensors(other)}))
+    with pytest.raises(CheckpointError, match="no adversarial images, expected x_adv with 4 axes"):
+        gather(path, deployable(model), THREAT)
+
+
 def test_adversarial_images_of_another_evaluation_are_refused(evaluated, tmp_path):
     model, results = evaluated
     path = tmp_path / "evaluation.json"

@@ -354,6 +354,13 @@ def test_a_runs_own_evaluation_of_something_else_is_left_out_and_that_is_said(ru
     assert ("accuracies stay null" in told) == bool(says)
 
 
+@pytest.mark.parametrize("interval", [None, [1], [0.9, 1.0]])
+def test_the_interval_that_is_stated_is_that_of_the_count(run_of, results, interval):
+    low, high = (f"{100 * end:.2f}" for end in results[0].interval)
+    footnote = run_of(interval=interval)["footnote"]
+    assert footnote == f"AutoAttack on 12 of 10000 test images (95 % interval {low} to {high})."
+
+
 def test_what_is_known_later_is_exported_again_and_no_sealed_file_is_edited(run_of, tmp_path):
     words = [
         "--threat-model",

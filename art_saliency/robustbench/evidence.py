@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ __all__ = [
     "autoattack_log",
     "differences",
     "gather",
+    "interval_of",
     "is_under",
     "read_evidence",
     "record_problems",
@@ -38,23 +39,31 @@ def _between(value: Any, least: float, most: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
+def _texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def _by_name(values: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(values, dict) and all(isinstance(name, str) and fits(value) for name, value in values.items())
+
+
 _FIELDS: dict[str, type | Callable[[Any], bool]] = {
     "clean_accuracy": lambda value: _between(value, 0, 1),
     "robust_accuracy": lambda value: _between(value, 0, 1),
-    "robust_accuracy_after": dict,
+    "robust_accuracy_after": lambda values: _by_name(values, lambda value: _between(value, 0, 1)),
     "eps": lambda value: _between(value, 1e-9, 1e9),
     "norm": str,
     "version": str,
     "standard": bool,
-    "deviations": list,
-    "warnings": list,
+    "deviations": _texts,
+    "warnings": _texts,
     "backend": str,
     "backend_version": str,
     "seed": lambda value: _whole(value, 0),
     "batch_size": lambda value: _whole(value, 1),
     "threads": lambda value: _whole(value, 1),
     "device": str,
-    "versions": dict,
+    "versions": lambda values: _by_name(values, lambda value: isinstance(value, str)),
     "weights_sha256": str,
     "data_sha256": str,
     "seconds": lambda value: _between(value, 0, 1e12),
@@ -148,7 +157,9 @@ def read_evidence(item: Any) -> Evidence:
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: could not be read as an evaluation ({error}); evaluate again") from error
     if wrong:
-        raise CheckpointError(f"{path}: no evaluation with AutoAttack, {', '.join(wrong)} missing; evaluate again")
+        raise CheckpointError(
+            f"{path}: no evaluation with AutoAttack, {', '.join(wrong)} missing or not what they should be; evaluate again"
+        )
     return Evidence(record, _images_beside(path, page.get("x_adv_sha256")), page.get("data"))
 
 
@@ -162,7 +173,9 @@ def _images_beside(path: Path, sha256: Any) -> Tensor | None:
         raise CheckpointError(
             f"{images}: not the adversarial images of {path.name} (their hash differs); evaluate again"
         )
-    found: Tensor = x_adv["x_adv"]
+    found = x_adv.get("x_adv")
+    if not isinstance(found, Tensor) or found.ndim != 4:
+        raise CheckpointError(f"{images}: no adversarial images, expected x_adv with 4 axes; evaluate again")
     return found
 
 
@@ -185,16 +198,20 @@ def _check(name: str, evidence: Evidence, network: Deployable, threat: ThreatMod
         raise InputError(f"{name}: got one that {'; that '.join(wrong)}; nothing was written")
 
 
+def interval_of(record: Mapping[str, Any]) -> tuple[float, float]:
+    """:return: The 95 % interval of an evaluation's robust accuracy, 0 to 1: what its record says of it is not gone by."""
+    return binomial_interval(round(record["robust_accuracy"] * record["count"]), record["count"])
+
+
 def autoattack_log(found: Sequence[Evidence]) -> str:
     """:return: What AutoAttack found, attack by attack, in its own log's words; written from the records."""
     lines = []
     for record in (evidence.record for evidence in found):
-        count, robust = record["count"], round(record["robust_accuracy"] * record["count"])
-        low, high = binomial_interval(robust, count)
+        low, high = interval_of(record)
         versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
         lines += [
             f"AutoAttack {record['version']} ({record['backend']} {record['backend_version']}), {record['norm']} eps "
-            f"{record['eps']:.8g}, seed {record['seed']}, batch size {record['batch_size']}, {count} images",
+            f"{record['eps']:.8g}, seed {record['seed']}, batch size {record['batch_size']}, {record['count']} images",
             f"{versions}, {record['device']}, {record['threads']} thread(s), {record['seconds']:.0f} s",
             f"weights {record['weights_sha256']}",
             f"images and labels {record['data_sha256']}",

@@ -20,7 +20,7 @@ from art_saliency.files import write_tensors
 from art_saliency.robustbench.architecture import architectures_of
 from art_saliency.robustbench.bundle import SCHEMA, Layout, check_place, sealed, write_json, write_text
 from art_saliency.robustbench.deployable import Deployable, foreign_steps, own_logits, taken_out
-from art_saliency.robustbench.evidence import Evidence, autoattack_log, gather, spread
+from art_saliency.robustbench.evidence import Evidence, autoattack_log, gather, interval_of, spread
 from art_saliency.robustbench.model_info import (
     Board,
     board,
@@ -275,7 +275,7 @@ def _completed(
         page["clean_acc"] = percent_text(record["clean_accuracy"])
         page["autoattack_acc"] = percent_text(record["robust_accuracy"])
         if record["count"] < place.images:
-            low, high = (percent_text(end) for end in record["interval"])
+            low, high = (percent_text(end) for end in interval_of(record))
             partial = f"AutoAttack on {record['count']} of {place.images} test images (95 % interval {low} to {high})."
             page["footnote"] = f"{page.get('footnote') or ''} {partial}".strip()
     return {field: page[field] for field in (*needed, *optional) if field in page}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from art_saliency._version import __version__
-from art_saliency.evaluation.accuracy import binomial_interval
+from art_saliency.robustbench.evidence import interval_of
 from art_saliency.robustbench.model_info import board, eps_text, unfilled
 from art_saliency.robustbench.writing import Architecture, identifier
 
@@ -120,7 +120,7 @@ def _evaluation(stated: Mapping[str, Any] | None, seeds: Mapping[str, Any] | Non
     """:return: What was run, with its count, interval, seed and spread, in one line."""
     if stated is None:
         return None
-    low, high = binomial_interval(round(stated["robust_accuracy"] * stated["count"]), stated["count"])
+    low, high = interval_of(stated)
     over = (
         f"; over the seeds {', '.join(map(str, seeds['seeds']))} it was {seeds['low']:.2%} to {seeds['high']:.2%}"
         if seeds
