@@ -812,6 +812,11 @@ def stated_otherwise(bundle, **changes):
     edited(path, stated={**json.loads(path.read_text())["stated"], **changes})
 
 
+def noted(bundle, footnote):
+    (path,) = bundle.glob("model_info/*/*/*.json")
+    edited(path, footnote=footnote)
+
+
 def seconded(bundle, spread, **changes):
     """Add a second evaluation, and a spread."""
     path = bundle / "evaluation.json"
@@ -838,6 +843,20 @@ def seconded(bundle, spread, **changes):
         (lambda b: weights_of(b).unlink(), "no such file"),
         (lambda b: next(b.glob("model_info/*/*/*.json")).write_text("{"), "cannot be read as JSON"),
         (lambda b: edited(next(b.glob("model_info/*/*/*.json")), autoattack_acc="74.99"), "which evaluation.json says"),
+        (lambda b: noted(b, None), "expected one that ends with 'AutoAttack on 12 of 10000 test images (95 % interval"),
+        (lambda b: noted(b, "evaluated on all 10000"), "'evaluated on all 10000', expected one that ends with"),
+        (lambda b: stated_otherwise(b, weights_sha256="0" * 64), "weights 000000000000..., which are not the bundle's"),
+        (lambda b: seconded(b, None, seed=6, weights_sha256="x"), "weights x..., which are not the bundle's"),
+        (lambda b: stated_otherwise(b, version="rand"), "not of AutoAttack's standard version"),
+        (lambda b: stated_otherwise(b, deviations=["x"]), "not of AutoAttack's standard version"),
+        (
+            lambda b: stated_otherwise(b, clean_accuracy=0.76),
+            "a clean accuracy of 12 images that is of no whole number",
+        ),
+        (lambda b: stated_otherwise(b, count=10_001), "counts 10001 images, expected 10000 at most"),
+        (lambda b: stated_otherwise(b, robust_accuracy_after={"apgd-ce": "x"}), "can be read (robust_accuracy_after)"),
+        (lambda b: (b / "autoattack.log").write_text("robust accuracy: 99%"), "autoattack.log says something else"),
+        (lambda b: torch.save({"x_adv": torch.zeros(12, 1, 8, 8)}, b / "x_adv.pt"), "not of the shape (3, 32, 32)"),
         (lambda b: edited(b / "evaluation.json", stated={}), "holds no evaluation that can be read"),
         (lambda b: edited(b / "evaluation.json", exported_weights_sha256="0"), "is of other weights"),
         (lambda b: (b / "evaluation.json").unlink(), "states clean_acc without an evaluation"),
@@ -909,6 +928,27 @@ def test_where_something_is_no_plain_file_nothing_is_read(copied, monkeypatch, n
     found = verify_bundle(copied, trust=True)
     assert found.problems == [f"{name} is no plain file"]
     assert len(found.unchecked) == 1
+
+
+def test_a_network_that_was_evaluated_with_its_auxiliary_heads_is_the_bundles_and_that_is_said(
+    results, answered, tmp_path
+):
+    answered()
+    model = with_fsr(network(), "layer2")
+    evaluated = dataclasses.replace(results[0], weights_sha256=sha256_of_tensors(model.state_dict()))
+    found = verify_bundle(export_robustbench(model, "Doe2026Fsr", out=tmp_path / "b", evaluation=evaluated))
+    assert found.problems == []
+    assert sum("but for wrappers and auxiliary heads" in line for line in found.unchecked) == 1
+
+
+def test_a_bundle_of_before_other_names_of_its_weights_were_written_down_is_good(copied):
+    page = page_of(copied, "bundle.json")
+    del page["also_known_as"]
+    (copied / "bundle.json").write_text(json.dumps(page))
+    sums_again(copied)
+    found = verify_bundle(copied)
+    assert found.problems == []
+    assert not any("auxiliary heads" in line for line in found.unchecked)
 
 
 def test_a_folder_that_no_bundle_has_is_named(copied):

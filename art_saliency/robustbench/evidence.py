@@ -16,15 +16,19 @@ from art_saliency.evaluation.accuracy import binomial_interval
 from art_saliency.evaluation.autoattack import AutoAttackResult
 from art_saliency.files import read_tensors, sha256_of_tensors
 from art_saliency.robustbench.deployable import Deployable
+from art_saliency.robustbench.model_info import percent_text
 from art_saliency.threat import ThreatModel
 
 __all__ = [
     "Evidence",
     "autoattack_log",
     "differences",
+    "fractions",
     "gather",
     "interval_of",
+    "is_standard",
     "is_under",
+    "partial_note",
     "read_evidence",
     "record_problems",
     "spread",
@@ -138,6 +142,25 @@ def is_under(record: dict[str, Any], threat: ThreatModel) -> bool:
     return (record["norm"], round(record["eps"], 9)) == (threat.norm, round(threat.eps, 9))
 
 
+def is_standard(record: Mapping[str, Any]) -> bool:
+    """:return: Whether an evaluation is AutoAttack's standard version, by all that its record says of that."""
+    return bool(record["standard"]) and record["version"] == "standard" and not record["deviations"]
+
+
+def fractions(record: Mapping[str, Any]) -> str:
+    """:return: The accuracies that no number of right answers among so many images gives, in words; empty when there are none."""
+    counts = {name: record[name] * record["count"] for name in ("clean_accuracy", "robust_accuracy")}
+    return " and ".join(name.replace("_", " ") for name, n in counts.items() if abs(n - round(n)) > 1e-6)
+
+
+def partial_note(record: Mapping[str, Any], images: int) -> str:
+    """:param images: Of the full evaluation. :return: What a page's footnote must end with; empty when all were evaluated."""
+    if record["count"] >= images:
+        return ""
+    low, high = (percent_text(end) for end in interval_of(record))
+    return f"AutoAttack on {record['count']} of {images} test images (95 % interval {low} to {high})."
+
+
 def read_evidence(item: Any) -> Evidence:
     """
     Read one evaluation; of which weights it is, is not looked at.
@@ -187,11 +210,13 @@ def _check(name: str, evidence: Evidence, network: Deployable, threat: ThreatMod
         wrong.append(f"is of the weights {weights} (train and evaluate again, or export what was evaluated{baked})")
     if not is_under(record, threat):
         wrong.append(f"is for {record['norm']} eps {record['eps']:g}, not {threat.norm} eps {threat.eps:g}")
-    if not record["standard"]:
+    if not is_standard(record):
         deviations = "; ".join(record["deviations"]) or f"version {record['version']}"
         wrong.append(f"is not AutoAttack's standard version ({deviations})")
     if not 0 <= record["robust_accuracy"] <= record["clean_accuracy"] <= 1:
         wrong.append("has a robust accuracy that is not between 0 and the clean one")
+    if broken := fractions(record):
+        wrong.append(f"has a {broken} of {record['count']} images that is of no whole number of them")
     if evidence.x_adv is not None and len(evidence.x_adv) != record["count"]:
         wrong.append(f"counts {record['count']} images beside {len(evidence.x_adv)} adversarial ones")
     if wrong:

@@ -20,7 +20,7 @@ from art_saliency.files import write_tensors
 from art_saliency.robustbench.architecture import architectures_of
 from art_saliency.robustbench.bundle import SCHEMA, Layout, check_place, sealed, write_json, write_text
 from art_saliency.robustbench.deployable import Deployable, foreign_steps, own_logits, taken_out
-from art_saliency.robustbench.evidence import Evidence, autoattack_log, gather, interval_of, spread
+from art_saliency.robustbench.evidence import Evidence, autoattack_log, gather, partial_note, spread
 from art_saliency.robustbench.model_info import (
     Board,
     board,
@@ -141,6 +141,7 @@ def export_robustbench(
         "num_classes": place.num_classes,
         "preprocessing": preprocessing,
         "weights_sha256": plain.sha256,
+        "also_known_as": sorted(plain.also_known_as),
         "standardisation_baked_in": list(plain.normalised),
         "versions": {"art_saliency": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
@@ -274,10 +275,8 @@ def _completed(
         record = evidence[0].record
         page["clean_acc"] = percent_text(record["clean_accuracy"])
         page["autoattack_acc"] = percent_text(record["robust_accuracy"])
-        if record["count"] < place.images:
-            low, high = (percent_text(end) for end in interval_of(record))
-            partial = f"AutoAttack on {record['count']} of {place.images} test images (95 % interval {low} to {high})."
-            page["footnote"] = f"{page.get('footnote') or ''} {partial}".strip()
+        if note := partial_note(record, place.images):
+            page["footnote"] = f"{page.get('footnote') or ''} {note}".strip()
     return {field: page[field] for field in (*needed, *optional) if field in page}
 
 

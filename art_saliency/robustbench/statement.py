@@ -9,8 +9,17 @@ from torch import Tensor
 
 from art_saliency.files import sha256_of_tensors
 from art_saliency.robustbench.bundle import SCHEMA
-from art_saliency.robustbench.evidence import Evidence, differences, record_problems, spread
-from art_saliency.robustbench.model_info import eps_text, percent_text
+from art_saliency.robustbench.evidence import (
+    Evidence,
+    autoattack_log,
+    differences,
+    fractions,
+    is_standard,
+    partial_note,
+    record_problems,
+    spread,
+)
+from art_saliency.robustbench.model_info import board, eps_text, percent_text
 
 __all__ = ["stated_records", "statement", "statement_problems"]
 
@@ -40,21 +49,28 @@ def stated_records(report: Mapping[str, Any]) -> list[Evidence]:
 
 
 def statement_problems(
-    report: Any, page: Mapping[str, Any], info: Mapping[str, Any], images: Mapping[str, Tensor] | None
+    report: Any,
+    page: Mapping[str, Any],
+    info: Mapping[str, Any],
+    images: Mapping[str, Tensor] | None,
+    log: str | None,
 ) -> list[str]:
     """
     What is wrong with a statement, everything at once.
 
     :param report: The JSON, read. :param page: ``bundle.json``. :param info: The ``model_info`` page.
     :param images: What ``x_adv.pt`` holds; ``None`` when there is none that can be read.
+    :param log: What ``autoattack.log`` holds; ``None`` when there is none.
     """
     records = _records(report)
     for record in records:
         if not isinstance(record, dict) or (wrong := record_problems(record)):
             names = f" ({', '.join(wrong)})" if isinstance(record, dict) else ""
             return [f"evaluation.json holds no evaluation that can be read{names}"]
-    found = [problem for record in records for problem in _off_the_board(record, page["threat_model"], info)]
+    found = [problem for record in records for problem in _off_the_board(record, page, info)]
     found += _disagreements(report, page, info)
+    if log is not None and log != autoattack_log(stated_records(report)):
+        found.append("autoattack.log says something else than the evaluations of evaluation.json do; export again")
     return list(dict.fromkeys(found)) + _image_problems(report, images)
 
 
@@ -66,16 +82,20 @@ def _records(report: Any) -> list[Any]:
     return [report.get("stated"), *(others if isinstance(others, list) else [None])]
 
 
-def _off_the_board(record: Mapping[str, Any], threat_model: str, info: Mapping[str, Any]) -> Iterator[str]:
-    """What keeps an evaluation from being one of this leaderboard."""
-    if record["norm"] != threat_model:
-        yield f"evaluation.json is for {record['norm']}, expected {threat_model}"
-    if not record["standard"]:
+def _off_the_board(record: Mapping[str, Any], page: Mapping[str, Any], info: Mapping[str, Any]) -> Iterator[str]:
+    """What keeps an evaluation from being one of these weights for this leaderboard."""
+    if record["weights_sha256"] not in page["also_known_as"]:
+        yield f"evaluation.json has an evaluation of the weights {record['weights_sha256'][:12]}..., which are not the bundle's"
+    if record["norm"] != page["threat_model"]:
+        yield f"evaluation.json is for {record['norm']}, expected {page['threat_model']}"
+    if not is_standard(record):
         yield "evaluation.json is not of AutoAttack's standard version, the only one that a leaderboard takes"
     if info.get("eps") != eps_text(record["eps"]):
         yield f"model_info has 'eps': {info.get('eps')!r}, expected {eps_text(record['eps'])!r}, which evaluation.json says"
     if record["robust_accuracy"] > record["clean_accuracy"]:
         yield "evaluation.json has a robust accuracy above the clean one"
+    if broken := fractions(record):
+        yield f"evaluation.json has a {broken} of {record['count']} images that is of no whole number of them"
 
 
 def _disagreements(report: Mapping[str, Any], page: Mapping[str, Any], info: Mapping[str, Any]) -> Iterator[str]:
@@ -86,6 +106,11 @@ def _disagreements(report: Mapping[str, Any], page: Mapping[str, Any], info: Map
         expected = percent_text(report["stated"][value])
         if info.get(name) != expected:
             yield f"model_info has {name!r}: {info.get(name)!r}, expected {expected!r}, which evaluation.json says"
+    images = board(page["dataset"], page["threat_model"]).images
+    if report["stated"]["count"] > images:
+        yield f"evaluation.json counts {report['stated']['count']} images, expected {images} at most"
+    if not str(info.get("footnote") or "").endswith(note := partial_note(report["stated"], images)):
+        yield f"model_info has 'footnote': {info.get('footnote')!r}, expected one that ends with {note!r}"
     evidence = stated_records(report)
     if got := differences([one.record for one in evidence]):
         yield f"evaluation.json holds {got}, expected evaluations that differ in their seed alone"

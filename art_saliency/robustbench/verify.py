@@ -26,7 +26,7 @@ from art_saliency.robustbench.export import name_problem
 from art_saliency.robustbench.model_info import prepared_board, problems, unfilled
 from art_saliency.robustbench.proof import load_problems, make_job, prove
 from art_saliency.robustbench.rules import key_violations
-from art_saliency.robustbench.statement import statement_problems
+from art_saliency.robustbench.statement import stated_records, statement_problems
 from art_saliency.robustbench.user_source import import_problems, parsed
 
 __all__ = ["Verification", "verify_bundle"]
@@ -150,6 +150,7 @@ _PAGE: dict[str, Callable[[Any], bool]] = {
     "dataset": lambda value: isinstance(value, str),
     "threat_model": lambda value: isinstance(value, str),
     "weights_sha256": lambda value: isinstance(value, str),
+    "also_known_as": lambda value: isinstance(value, list),
     "preprocessing": lambda value: value is None or isinstance(value, str),
     "architecture": lambda value: value in ("robustbench", "own", "user"),
 }
@@ -161,6 +162,7 @@ def _read_page(path: Path, found: Verification) -> dict[str, Any] | None:
     if not isinstance(page, dict):
         found.problems += [] if page is None else ["bundle.json is no object"]
         return None
+    page.setdefault("also_known_as", [page.get("weights_sha256")])  # bundles of before it was written down
     wrong = [name for name, fits in _PAGE.items() if name not in page or not fits(page[name])]
     if wrong:
         found.problems.append(f"bundle.json is not one that this version reads: look at {', '.join(wrong)}")
@@ -195,6 +197,8 @@ def _check_tensors(layout: Layout, page: dict[str, Any], found: Verification) ->
     images = _read(layout, layout.x_adv, found, x_adv=4) if layout.x_adv.is_file() else None
     if images is not None and not bool(((images["x_adv"] >= 0) & (images["x_adv"] <= 1)).all()):
         found.problems.append("x_adv.pt: adversarial images are outside [0, 1]")
+    if images is not None and list(images["x_adv"].shape[1:]) != page["input_shape"]:
+        found.problems.append(f"x_adv.pt: adversarial images are not of the shape {tuple(page['input_shape'])}")
     return images
 
 
@@ -246,9 +250,13 @@ def _check_evaluation(
     if not layout.evaluation.is_file():
         _without_evaluation(page, info, found)
         return None
-    report: dict[str, Any] | None = _json(layout.evaluation, found)
-    found.problems += statement_problems(report, page, info, images)
-    found.checked.append("that the accuracies, radius and spread stated are those of evaluations of these weights")
+    report: Any = _json(layout.evaluation, found)
+    log = layout.log.read_text(encoding="utf-8", errors="replace") if layout.log.is_file() else None
+    found.problems += statement_problems(report, page, info, images, log)
+    found.checked.append("that the accuracies, radius, spread and log stated are those of evaluations of these weights")
+    if not found.problems and any(r.record["weights_sha256"] != page["weights_sha256"] for r in stated_records(report)):
+        said = "that the weights evaluated are those of the bundle but for wrappers and auxiliary heads, as bundle.json says"
+        found.unchecked.append(f"{said} (their sum is another)")
     if images is None:
         found.unchecked.append("how the network classifies adversarial images (there are none to be scored)")
     return report if not found.problems else None
