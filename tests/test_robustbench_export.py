@@ -484,10 +484,37 @@ def test_the_benchmarks_number_is_compared_exactly(proven, place, results, answe
 
 
 def test_a_benchmark_that_fails_is_said_to_have_failed(proven, place, answered):
-    answered(benchmark_error="CheckpointError: few.npz")
-    found = verify_bundle(place / "Doe2026Saliency", trust=True, benchmark=True, images=place / "few.npz")
-    assert found.problems == ["RobustBench's benchmark failed: CheckpointError: few.npz"]
+    answered(benchmark_error="OSError: no network")
+    found = verify_bundle(place / "Doe2026Saliency", trust=True, benchmark=True)
+    assert found.problems == ["RobustBench's benchmark failed: OSError: no network"]
     assert found.benchmark is None
+
+
+def test_images_that_cannot_be_used_are_not_the_bundles_fault(proven, place, answered, tmp_path, capsys):
+    asked = answered()
+    x, y = np.zeros((12, 3, 16, 16), dtype=np.uint8), np.arange(12) % 10
+    np.savez(tmp_path / "small.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    np.savez(tmp_path / "few.npz", x_train=x, y_train=y, x_test=x[:3], y_test=y[:3])
+    for name, says in (
+        ("none.npz", "which does not exist"),
+        ("small.npz", "holds images of the shape (3, 16, 16), expected (3, 32, 32)"),
+        ("few.npz", "holds 3 test images, expected 12"),
+    ):
+        words = ["verify", str(place / "Doe2026Saliency"), "--trust", "--benchmark", "--images", str(tmp_path / name)]
+        assert main(words) == 2
+        assert says in capsys.readouterr().err
+    assert asked == []
+
+
+def test_options_that_verify_would_not_look_at_are_refused(proven, place, capsys):
+    bundle = str(place / "Doe2026Saliency")
+    for option in ("--images", "--device", "--data-dir"):
+        assert main(["verify", bundle, "--trust", option, "cpu"]) == 2
+        assert f"{option}: got 'cpu', expected no such option without --benchmark" in capsys.readouterr().err
+    assert main(["verify", bundle, "--benchmark"]) == 2
+    told = capsys.readouterr().err
+    assert "add --trust" in told
+    assert "takes as long" not in told
 
 
 def test_with_another_batch_size_it_is_compared_with_the_interval_of_the_count(proven, results, answered, tmp_path):
@@ -949,6 +976,13 @@ def test_a_bundle_of_before_other_names_of_its_weights_were_written_down_is_good
     found = verify_bundle(copied)
     assert found.problems == []
     assert not any("auxiliary heads" in line for line in found.unchecked)
+
+
+def test_what_is_missing_is_said_once(copied):
+    (copied / "SUBMISSION.md").unlink()
+    assert verify_bundle(copied).problems == ["SUBMISSION.md is missing"]
+    (copied / SUMS).unlink()
+    assert verify_bundle(copied).problems == [f"{SUMS} is missing", "SUBMISSION.md is missing"]
 
 
 def test_a_folder_that_no_bundle_has_is_named(copied):

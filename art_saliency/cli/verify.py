@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from art_saliency.cli._common import add_run_options, pick_device, say
+from art_saliency.cli._common import add_run_options, pick_device, refuse_unused, say
 from art_saliency.errors import InputError
 
 
@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="everything that was found, as JSON")
     add_run_options(parser)
-    parser.set_defaults(run=run, own_code=False)
+    parser.set_defaults(run=run, own_code=False, default=parser.get_default)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
     _keep_out(Path(args.bundle))  # before torch and all that it imports are looked for
     from art_saliency.robustbench.verify import verify_bundle
 
-    if args.benchmark:
+    if not args.benchmark:
+        refuse_unused(args, ["images", "data_dir", "device"], "without --benchmark")
+    elif args.trust:  # else it is refused
         say(args, "RobustBench's benchmark takes as long as the evaluation did")
     found = verify_bundle(
         args.bundle,

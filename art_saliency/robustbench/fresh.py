@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +26,7 @@ from art_saliency.robustbench.compat import import_robustbench, seeded
 from art_saliency.robustbench.rules import network_violations
 from art_saliency.robustbench.writing import identifier
 
-__all__ = ["answer", "main"]
+__all__ = ["answer", "main", "open_images"]
 
 
 def main(folder: str) -> None:
@@ -113,6 +114,25 @@ def _execute(path: Path, name: str) -> ModuleType:
     return module
 
 
+def open_images(source: str | Path, count: int, num_classes: int, input_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """
+    The test images that stand for those of RobustBench's own data set.
+
+    :param source: See :func:`art_saliency.load_data`. :param input_shape: (C, H, W).
+    :return: The first `count`, float32 in [0, 1], and their labels.
+    :raises CheckpointError: When they are too few, or of another shape.
+    """
+    # Folders of pictures are the classes; the labels of arrays may lack some.
+    data = load_data(source, num_classes=None if Path(source, "train").is_dir() else num_classes)
+    if len(data.x_test) < count:
+        raise CheckpointError(f"{source}: holds {len(data.x_test)} test images, expected {count}")
+    if list(data.x_test.shape[1:]) != list(input_shape):
+        raise CheckpointError(
+            f"{source}: holds images of the shape {tuple(data.x_test.shape[1:])}, expected {tuple(input_shape)}"
+        )
+    return to_unit(data.x_test[:count]).float().contiguous(), data.y_test[:count]
+
+
 def _benchmark(model: nn.Module, layout: Layout, job: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
     """
     Run RobustBench's own ``benchmark``.
@@ -129,14 +149,7 @@ def _benchmark(model: nn.Module, layout: Layout, job: dict[str, Any], wanted: di
         if wanted["images"] is None:
             used["x"], used["y"] = original(n_examples, *arguments)
         else:
-            # Folders of pictures are the classes; the labels of arrays may lack some.
-            pictures = Path(wanted["images"], "train").is_dir()
-            data = load_data(wanted["images"], num_classes=None if pictures else job["num_classes"])
-            if len(data.x_test) < n_examples:
-                raise CheckpointError(
-                    f"{wanted['images']}: holds {len(data.x_test)} test images, expected {n_examples}"
-                )
-            used["x"], used["y"] = to_unit(data.x_test[:n_examples]).float().contiguous(), data.y_test[:n_examples]
+            used["x"], used["y"] = open_images(wanted["images"], n_examples, job["num_classes"], job["input_shape"])
         return used["x"], used["y"]
 
     loaders[dataset] = load

@@ -23,6 +23,7 @@ from art_saliency.files import is_dense, read_tensors, sha256_of_tensors
 from art_saliency.robustbench.benchmark import compared, wanted_benchmark
 from art_saliency.robustbench.bundle import SCHEMA, Layout, strange_entries, sum_problems
 from art_saliency.robustbench.export import name_problem
+from art_saliency.robustbench.fresh import open_images
 from art_saliency.robustbench.model_info import prepared_board, problems, unfilled
 from art_saliency.robustbench.proof import load_problems, make_job, prove
 from art_saliency.robustbench.rules import key_violations
@@ -80,7 +81,7 @@ def verify_bundle(
     :param data_dir: Where RobustBench keeps its data sets.
     :param device: On which it is benchmarked.
     :return: What was found; ``ok`` says whether it is good.
-    :raises CheckpointError: When there is no bundle at all.
+    :raises CheckpointError: When there is no bundle at all, or `images` cannot be read or are not of its data set.
     """
     path = Path(folder)
     if not (path / "bundle.json").is_file():
@@ -100,7 +101,7 @@ def verify_bundle(
     if page is None:
         return found
     layout = Layout(path, page["name"], page["dataset"], page["threat_model"])
-    found.problems += layout.problems()
+    found.problems += [problem for problem in layout.problems() if problem not in found.problems]
     x_adv = _check_tensors(layout, page, found)
     info = _check_info(layout, page, found)
     report = _check_evaluation(layout, page, info, x_adv, found)
@@ -114,6 +115,8 @@ def verify_bundle(
     if benchmark and (report is None or page["threat_model"] == "corruptions"):
         found.unchecked.append("RobustBench's benchmark: the bundle states no accuracy to compare with")
     elif benchmark and report is not None:
+        if images is not None:  # what is wrong with them is not the bundle's fault
+            open_images(images, report["stated"]["count"], page["num_classes"], page["input_shape"])
         wanted = wanted_benchmark(report["stated"], page["preprocessing"], images, data_dir, device)
     job = make_job(path, page, wanted)
     if wanted is not None and report is not None:
