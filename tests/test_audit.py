@@ -579,6 +579,18 @@ def test_too_few_images_are_said_to_be_too_few(data, count):
     assert f"**Verdict: {report.verdict}**" in report.to_markdown()
 
 
+@pytest.mark.parametrize(("right", "few"), [(2, True), (20, False)])
+def test_few_right_answers_are_too_few_among_however_many_images(data, right, few):
+    """An attack takes from a network no more than what it has right."""
+    quick = AuditBudget(max_iter=2, restarts=1, long=1, noise_draws=2, square_queries=2)
+    x, model = data[0][:42], trained("standard").eval()
+    y = model(x).argmax(1)
+    y[right:] = (y[right:] + 1) % 10
+    report = audit(model, x, y, eps=0.01, budget=quick, progress=False)
+    assert report.smallest < 1
+    assert report.verdict.startswith("too few images to tell; ") == few
+
+
 class View(nn.Module):
     """Cannot reshape a batch of no images."""
 

@@ -47,8 +47,8 @@ class AuditReport:
     """
     What an audit found.
 
-    :ivar verdict: A value of :data:`VERDICTS`, after :data:`TOO_FEW` where no image is right, or where there are so few that no
-        difference convicts, unless the gradients alone do. :ivar reasons: Names of the checks that decided it; empty when none did.
+    :ivar verdict: A value of :data:`VERDICTS`, after :data:`TOO_FEW` where so few images are right that no difference between
+        attacks convicts, unless the gradients alone do. :ivar reasons: Names of the checks that decided it; empty when none did.
     :ivar checks: All of them. :ivar accuracies: Accuracy under each attack that ran, 0 to 1, with its 95 % interval.
     :ivar count: Images. :ivar smallest: The smallest difference, 0 to 1, that could have convicted with so many images.
     :ivar eps: In units of the [0, 1] pixel range. :ivar norm: ``"Linf"`` or ``"L2"``.
@@ -177,7 +177,7 @@ def audit(
             bar.update()
     status = next((s for s in (MASKED, SUSPICIOUS) if s in [c.status for c in outcome]), PASS)
     smallest = _smallest_conviction(len(images))
-    too_few = status != MASKED and (smallest > 1 or not bool(lab.standing.any()))
+    too_few = status != MASKED and smallest > float(lab.clean.mean()) + 1e-9  # no attack can take more than is right
     return AuditReport(
         verdict=f"{TOO_FEW}; {VERDICTS[status]}" if too_few else VERDICTS[status],
         reasons=[c.name for c in outcome if c.status == status != PASS],
