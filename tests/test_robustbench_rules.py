@@ -170,6 +170,18 @@ def test_everything_is_said_at_once():
     assert places == {"1", "2", "3"}
 
 
+def test_another_number_of_classes_is_said_beside_all_else():
+    assert {place for place, _ in found(network(Noise(), Rounded(), Purified(), classes=9))} == {"", "1", "2", "3"}
+    assert {place for place, _ in found(network(end=(nn.Softmax(1),), classes=9))} == {"", "5"}
+    for alone in (
+        network(classes=9),
+        network(classes=1),
+        network(end=(nn.Unflatten(1, (2, 5)),)),
+        network(end=(Two(),)),
+    ):
+        assert [place for place, _ in found(alone)] == [""]
+
+
 def test_each_of_them_is_said_once():
     for broken in (Noise(), Purified(), OtherWhenAttacked(), NoiseWhenAttacked()):
         assert len(network_violations(network(nn.Sequential(broken)), SHAPE, 10)) == 1

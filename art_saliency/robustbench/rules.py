@@ -153,11 +153,13 @@ def _violations(model: nn.Module, x: Tensor, num_classes: int, before: Mapping[s
                 Violation("", problem, cure if other else "look at the channels and the size that it takes"),
             ]
     found += _loop(loops)
-    logits = first[-1].outputs[0] if first[-1].outputs else None
-    if not isinstance(logits, Tensor) or not first[-1].plain or logits.shape != (len(x), num_classes):
-        got = f"shape {tuple(logits.shape)}" if first[-1].plain and logits is not None else "more than one tensor"
+    logits = first[-1].outputs[0] if first[-1].plain else None
+    if logits is None or logits.shape != (len(x), num_classes):
+        got = "more than one tensor" if logits is None else f"shape {tuple(logits.shape)}"
         problem = f"returns {got} for {len(x)} images, expected logits of shape ({len(x)}, {num_classes})"
-        return [*found, Violation("", problem, "return the logits alone, one for each class of the data set")]
+        found.append(Violation("", problem, "return the logits alone, one for each class of the data set"))
+    if logits is None or logits.ndim != 2 or len(logits) != len(x) or logits.shape[1] < 2:
+        return found  # no logits; those of other classes are, and the rules can be tried on them
     found += _values(first, logits)
     if not bool(logits.isfinite().all()):
         return found
