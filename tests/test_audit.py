@@ -311,10 +311,16 @@ def test_an_attack_of_somebody_elses_making_is_held_to_the_threat_model(data, no
     far, near = seen
     assert float(lab.threat.distance(far, x).max()) <= eps + 1e-6
     assert torch.equal(near[lab.standing], (x + eps / 100).clamp(0, 1)[lab.standing]), "what is inside stays as it is"
-    with pytest.raises(
-        InputError, match=r"variants\['one'\]: got images of shape \(1, 1, 8, 8\), expected images of shape"
+    size = rf"\({int(lab.standing.sum())}, 1, 8, 8\)"
+    expected = f"images of shape {size}, torch.float32 on cpu; return one adversarial image for each"
+    for got, change in (
+        (r"images of shape \(1, 1, 8, 8\), torch.float32 on cpu", lambda x: x[:1]),
+        (f"images of shape {size}, torch.float64 on cpu", lambda x: x.double()),
+        ("a ndarray", lambda x: x.numpy()),
+        ("a tuple", lambda x: (x, x)),
     ):
-        others.adaptive(lab, {"one": lambda model, x, y, inner: x[:1]})
+        with pytest.raises(InputError, match=rf"variants\['odd'\]: got {got}, expected {expected}"):
+            others.adaptive(lab, {"odd": lambda model, x, y, inner, change=change: change(x)})
 
 
 class OneClass(nn.Module):

@@ -140,14 +140,21 @@ def _held(lab: Laboratory, variant: str, attack: Attack) -> Attack:
 
     def held(x: Tensor, y: Tensor) -> Tensor:
         found = attack(x, y)
-        if found.shape != x.shape:
-            got, expected = (f"images of shape {tuple(part.shape)}" for part in (found, x))
+        got, expected = _kind(found), _kind(x)
+        if got != expected:
             raise _checks.refuse(f"variants[{variant!r}]", got, expected, "return one adversarial image for each")
         inside = lab.threat.project(found, x)
         outside = ((inside - found).abs() > _ROUNDING).flatten(1).any(1)
         return torch.where(outside.view(-1, *[1] * (x.ndim - 1)), inside, found)
 
     return held
+
+
+def _kind(images: Any) -> str:
+    """:return: What somebody's attack returned, in words."""
+    if not isinstance(images, Tensor):
+        return f"a {type(images).__name__}"
+    return f"images of shape {tuple(images.shape)}, {images.dtype} on {images.device}"
 
 
 def determinism(lab: Laboratory) -> list[Check]:
