@@ -446,6 +446,20 @@ def test_an_attack_is_run_once_and_what_counts_is_kept(data):
     assert {"PGD-20", "PGD-20, margin"} <= set(report.accuracies), "of as many steps, on another loss"
 
 
+@pytest.mark.parametrize("change", [lambda x: x, noisy])
+def test_a_radius_of_the_curve_is_attacked_once_unless_the_network_answers_at_random(data, change, monkeypatch):
+    model, x, y = Before(trained("standard").eval(), change), data[0][:30], data[1][:30]
+    lab = Laboratory(model, x, y, ThreatModel("Linf", 0.1), NOISY_BUDGET, batch_size=30, seed=0)
+    under, attacked = lab.under, []
+    monkeypatch.setattr(lab, "under", lambda name, attack: attacked.append(name) or under(name, attack))
+    first, second = (gradients._curve_at(lab, 0.05) for _ in range(2))
+    assert len(attacked) == (4 if lab.randomised else 2) == (4 if change is noisy else 2)
+    lab.curve.clear()
+    assert lab.randomised or torch.equal(gradients._curve_at(lab, 0.05), first)
+    assert lab.randomised or torch.equal(first, second)
+    assert not [name for name in lab.scores if "0.05" in name]
+
+
 def test_an_attack_that_returns_no_images_has_found_nothing(data):
     model = build_network("small-cnn", num_classes=10, input_shape=(1, 8, 8), width=4).eval()
     y = model(data[0][:6]).argmax(1)

@@ -55,6 +55,7 @@ class Laboratory:
     :ivar answers: How many classes the network gives to the clean images, each counted once.
     :ivar clean: (N,) scores: the share of forward passes in which a clean image is classified right.
     :ivar scores: Those of every attack that counts, clean first, by name: each attack is run once.
+    :ivar curve: Those at other radii, by radius; they do not count.
     :ivar without_steps: What those attacks did that found no gradient to follow, by their names.
     """
 
@@ -86,6 +87,7 @@ class Laboratory:
         self.differentiable = self._is_differentiable()
         self.clean = self.score(x)
         self.scores = {"clean": self.clean}
+        self.curve: dict[float, Tensor] = {}
         self.without_steps: dict[str, str] = {}
         self._instead: list[str] = []  # what batches of the attack at work were met with
         self.standing = self.clean > 0
