@@ -18,7 +18,7 @@ from art_saliency import _checks
 from art_saliency.gradients import input_gradient
 from art_saliency.modes import evaluating, frozen
 from art_saliency.randomness import RandomSource
-from art_saliency.threat import ThreatModel
+from art_saliency.threat import ThreatModel, a_threat_model
 
 __all__ = [
     "LOSSES",
@@ -145,6 +145,7 @@ def pgd(
         raise _checks.refuse("x", f"images of {x.dtype}", "float32 or float64 in [0, 1]", "convert them with .float()")
     _checks.whole("max_iter", max_iter)
     _checks.whole("restarts", restarts, least=1)
+    a_threat_model(threat)
     step = 2.5 * threat.eps / max(max_iter, 1) if eps_step is None else _checks.real("eps_step", eps_step, least=0)
     objective = attack_loss(loss)
     x = x.detach()
@@ -190,7 +191,7 @@ def fgsm(
     :param eps_step: ``None`` is eps. With a random start, 1.25 * eps is the FGSM-RS of Wong et al. 2020.
     :return: (N, C, H, W) in [0, 1], within the threat model, detached. The other parameters are those of :func:`pgd`.
     """
-    step = threat.eps if eps_step is None else eps_step
+    step = a_threat_model(threat).eps if eps_step is None else eps_step
     return pgd(
         model, x, y, threat=threat, max_iter=1, eps_step=step, random_start=random_start, loss=loss, random=random
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from art_saliency import _checks
 from art_saliency.randomness import RandomSource, normal, uniform
 
-__all__ = ["NORMS", "ThreatModel", "finite_entries"]
+__all__ = ["NORMS", "ThreatModel", "a_threat_model", "finite_entries"]
 
 NORMS = ("Linf", "L2")
 """Names as in RobustBench."""
@@ -133,3 +133,10 @@ class ThreatModel:
         """:return: (N,) distances of the images in this model's norm."""
         delta = (x_adv - x).flatten(1)
         return delta.abs().amax(1) if self.norm == "Linf" else delta.norm(dim=1)
+
+
+def a_threat_model(threat: object) -> ThreatModel:
+    """:return: It, when it is one; a bare radius, which has no norm, is refused."""
+    if not isinstance(threat, ThreatModel):
+        raise _checks.refuse("threat", repr(threat), "a ThreatModel", 'write ThreatModel("Linf", 8 / 255)')
+    return threat

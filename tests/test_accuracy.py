@@ -9,14 +9,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from art.estimators.classification import PyTorchClassifier
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from art_saliency.attacks import dlr, margin, pgd
+from art_saliency.attacks import dlr, fgsm, margin, pgd
 from art_saliency.errors import InputError, UnsupportedModelError
 from art_saliency.evaluation.accuracy import accuracy, binomial_interval, pgd_accuracy
+from art_saliency.evaluation.audit import audit
+from art_saliency.evaluation.autoattack import autoattack
+from art_saliency.evaluation.corruptions import corruption_accuracy
+from art_saliency.evaluation.report import full_report
+from art_saliency.evaluation.saliency import saliency_report
+from art_saliency.evaluation.summary import summarise
+from art_saliency.evaluation.transfer import transfer
 from art_saliency.randomness import RandomSource
 from art_saliency.threat import ThreatModel
 
@@ -282,6 +290,38 @@ def test_half_precision_is_refused_with_the_cure_and_autocast_is_not(trained, sa
             measure(half, x.to(dtype), y)
     with torch.autocast("cpu", dtype):
         assert abs(accuracy(trained, x, y) - accuracy(half.float(), x, y)) < 0.05
+
+
+def test_a_bare_radius_is_refused_with_the_cure(trained, sample):
+    for attack in (pgd, fgsm, pgd_accuracy, lambda *given, threat: pgd(*given, threat=threat, eps_step=0.1)):
+        with pytest.raises(
+            InputError, match=r'^threat: got 0\.1, expected a ThreatModel; write ThreatModel\("Linf", 8 / 255\)$'
+        ):
+            attack(trained, *sample, threat=0.1)
+
+
+@pytest.mark.parametrize(
+    "evaluate",
+    [
+        lambda model, x, y: accuracy(model, x, y),
+        lambda model, x, y: pgd_accuracy(model, x, y, threat=LINF),
+        lambda model, x, y: autoattack(model, x, y, eps=0.1),
+        lambda model, x, y: audit(model, x, y, eps=0.1),
+        lambda model, x, y: transfer(model, x, y, surrogates={"itself": nn.Identity()}, threat=LINF),
+        lambda model, x, y: saliency_report(model, x, y, x),
+        lambda model, x, y: corruption_accuracy(model, x, y, corruptions=["gaussian_noise"], severities=[1]),
+        lambda model, x, y: summarise(model, x, y, threat=LINF),
+        lambda model, x, y: full_report(model, x, y, eps=0.1),
+    ],
+)
+def test_a_classifier_around_a_network_is_refused_with_the_cure(trained, sample, evaluate):
+    classifier = PyTorchClassifier(trained, nn.CrossEntropyLoss(), tuple(sample[0].shape[1:]), 10, clip_values=(0, 1))
+    with pytest.raises(
+        InputError, match=r"^model: got a PyTorchClassifier, expected a torch.nn.Module; pass classifier\.model, which"
+    ):
+        evaluate(classifier, *sample)
+    with pytest.raises(InputError, match=r"^model: got a str, expected a torch.nn.Module$"):
+        evaluate("network", *sample)
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])

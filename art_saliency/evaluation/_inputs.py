@@ -14,9 +14,21 @@ from art_saliency.modes import evaluating
 from art_saliency.randomness import global_generators_kept
 
 
+def a_network(model: object) -> nn.Module:
+    """:return: It, when it is a network; a classifier around one, such as ART's, is refused with the cure."""
+    if not isinstance(model, nn.Module):
+        inside = isinstance(getattr(model, "model", None), nn.Module)
+        remedy = "pass classifier.model, which must take images in [0, 1]" if inside else ""
+        raise _checks.refuse("model", f"a {type(model).__name__}", "a torch.nn.Module", remedy)
+    return model
+
+
 def home_of(model: nn.Module, x: Tensor) -> Tensor:
     """:return: A tensor that lies where the network computes, in the type in which it computes."""
-    return next((p for p in model.parameters() if p.is_floating_point()), x if x.is_floating_point() else x[:0].float())
+    return next(
+        (p for p in a_network(model).parameters() if p.is_floating_point()),
+        x if x.is_floating_point() else x[:0].float(),
+    )
 
 
 def pixels(x: Tensor, home: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from art_saliency.attacks import AttackLoss, pgd
 from art_saliency.evaluation._inputs import checked, home_of, pixels, right_answers
 from art_saliency.modes import evaluating
 from art_saliency.randomness import RandomSource
-from art_saliency.threat import ThreatModel
+from art_saliency.threat import ThreatModel, a_threat_model
 
 __all__ = ["accuracy", "binomial_interval", "pgd_accuracy"]
 
@@ -82,6 +82,7 @@ def pgd_accuracy(
     :param seed: Of the random starts. The other parameters are those of :func:`accuracy` and of the attack.
     :return: 0 to 1.
     """
+    a_threat_model(threat)
     x, y = checked(model, x, y)
     random = RandomSource(seed, home_of(model, x).device)
 

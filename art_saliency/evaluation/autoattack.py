@@ -31,7 +31,7 @@ from art_saliency.evaluation._autoattack_plan import (
     check_images_fit,
     plan_attacks,
 )
-from art_saliency.evaluation._inputs import home_of, refuse_double, refuse_half
+from art_saliency.evaluation._inputs import a_network, home_of, refuse_double, refuse_half
 from art_saliency.evaluation.accuracy import binomial_interval
 from art_saliency.files import sha256_of_tensors
 from art_saliency.gradients import input_gradient
@@ -162,6 +162,7 @@ def autoattack(
     _checks.whole("square_queries", square_queries, least=1)
     _checks.whole("batch_size", batch_size, least=1)
     _checks.whole("seed", seed)
+    a_network(model)
     backend, messages, began = find_backend(), Messages(), time.perf_counter()
     with process_kept(model, backend.counter):
         # On the CPU, from where AutoAttack moves batches, and contiguous: it takes views.

@@ -22,7 +22,7 @@ from art_saliency.evaluation.transfer_attacks import TRANSFER_ATTACKS, ensemble_
 from art_saliency.files import sha256_of_tensors
 from art_saliency.modes import evaluating
 from art_saliency.randomness import RandomSource
-from art_saliency.threat import ThreatModel
+from art_saliency.threat import ThreatModel, a_threat_model
 
 __all__ = ["ENSEMBLE", "SURROGATES", "TransferResult", "TransferRow", "surrogates_for", "transfer"]
 
@@ -181,6 +181,7 @@ def transfer(
     _checks.whole("batch_size", batch_size, least=1)
     _checks.whole("seed", seed)
     _checks.whole("max_iter", max_iter)
+    a_threat_model(threat)
     step = 2.5 * threat.eps / max(max_iter, 1) if eps_step is None else _checks.real("eps_step", eps_step, least=0)
     images, targets = checked(model, x, y)
     home, images = home_of(model, images), to_unit(images.cpu())  # a GPU divides by 255 to other bits than are hashed

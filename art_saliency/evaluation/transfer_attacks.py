@@ -14,7 +14,7 @@ from art_saliency.attacks import AttackLoss, attack_loss
 from art_saliency.gradients import input_gradient
 from art_saliency.modes import evaluating, frozen
 from art_saliency.randomness import RandomSource, uniform
-from art_saliency.threat import ThreatModel, finite_entries
+from art_saliency.threat import ThreatModel, a_threat_model, finite_entries
 
 __all__ = ["TRANSFER_ATTACKS", "ensemble_logits", "kernel_side", "resize_and_pad", "smooth", "transfer_attack"]
 
@@ -76,6 +76,7 @@ def transfer_attack(
     if x.ndim != 4:
         raise _checks.refuse("x", f"shape {tuple(x.shape)}", "4 axes, (N, C, H, W)")
     side = kernel_side(x) if kernel is None else _odd("kernel", kernel)
+    a_threat_model(threat)
     step = 2.5 * threat.eps / max(max_iter, 1) if eps_step is None else _checks.real("eps_step", eps_step, least=0)
     objective = attack_loss(loss)
     x = x.detach()
