@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from art_saliency.errors import ArtSaliencyError, InputError, MissingDependencyError, UnsupportedModelError
 from art_saliency.evaluation._autoattack_backend import distribution_version, find_backend
 from art_saliency.evaluation._autoattack_memory import weights_sha256
-from art_saliency.evaluation._autoattack_plan import VERSIONS, plan_attacks, square_needs
+from art_saliency.evaluation._autoattack_plan import VERSIONS, in_words, plan_attacks, square_needs
 from art_saliency.evaluation.autoattack import AutoAttackResult, autoattack
 from art_saliency.threat import ThreatModel
 
@@ -252,6 +252,8 @@ def test_what_runs_for_how_many_classes(version: str, classes: int, attacks: str
     plan = plan_attacks(version, None, classes, 5000)
     assert (" ".join(plan.attacks), plan.target_classes) == (attacks, targets)
     assert (plan.deviations == []) is (version == "standard" and classes >= 10)
+    whole = attacks == " ".join(VERSIONS[version]) and (targets == 9 or "-t" not in attacks)
+    assert in_words(version, plan.deviations) == (version if whole else f"{version}, changed: {classes} classes")
 
 
 @pytest.mark.parametrize("version", ["plus", "rand"])

@@ -10,6 +10,7 @@ import re
 import shutil
 from importlib.resources import files
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -314,3 +315,38 @@ def test_wrong_words_are_answered_in_one_sentence(runs, capsys, monkeypatch, wor
     assert main(["evaluate", *given, "--force", "--device", "cpu", "--quiet"]) == 2
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in (runs / "standard").iterdir()) == before
+
+
+def test_what_runs_for_few_classes_is_not_called_the_standard_version(tmp_path, capsys, monkeypatch):
+    """Two and five classes: evaluate's table, the report, the comparison, where they are two conditions, and compare's table."""
+    data = load_data("digits")
+    monkeypatch.setattr("art_saliency.evaluation.audit.AuditBudget", lambda: QUICK)
+    same = {"eps": 0.1, "epochs": 1, "width": 4, "device": "cpu", "quiet": True}
+    for classes in (2, 5):
+        parts = {}
+        for part, count in (("train", 60), ("test", 6)):
+            x, y = getattr(data, f"x_{part}"), getattr(data, f"y_{part}")
+            parts |= {f"x_{part}": x[y < classes][:count].numpy(), f"y_{part}": y[y < classes][:count].numpy()}
+        np.savez(tmp_path / f"{classes}.npz", **parts)
+        out = tmp_path / f"run{classes}"
+        assert main(spell("train", "standard", data=tmp_path / f"{classes}.npz", out=out, **same)) == 0
+    words = [str(tmp_path / "run2"), str(tmp_path / "run5"), "--device", "cpu", "--quiet"]
+    capsys.readouterr()
+    assert main(["evaluate", *words, "--out", str(tmp_path / "both")]) == 0
+    shown = capsys.readouterr().out
+    assert "| AutoAttack (standard, changed: 5 classes)" in shown
+    assert "standard)" not in shown
+    lines = (tmp_path / "both" / "comparison.md").read_text().splitlines()
+    assert "| AutoAttack " in lines[0]
+    for classes, line in zip((2, 5), lines[2:4], strict=True):
+        assert f"| standard, changed: {classes} classes " in line
+    assert "AutoAttack: 5 classes: apgd-t and fab-t with 4 instead of 9 targets" in lines
+    assert "AutoAttack: 2 classes: apgd-t needs 4 and is left out" in lines
+    assert main(["evaluate", words[1], "--full", "--no-surrogates", *words[2:]]) == 0
+    report = (tmp_path / "run5" / "report" / "report.md").read_text()
+    assert "stand against AutoAttack (standard, changed: 5 classes). Audit: " in report
+    assert "AutoAttack (standard)" not in report
+    assert main(spell("compare", arms="standard", data=tmp_path / "5.npz", out=tmp_path / "arms", **same)) == 0
+    results = (tmp_path / "arms" / "results.md").read_text()
+    assert "AutoAttack: version standard, changed: 5 classes, by " in results
+    assert results.endswith("\n\nAutoAttack: 5 classes: apgd-t and fab-t with 4 instead of 9 targets\n")

@@ -70,6 +70,7 @@ def _write(value: Mapping[str, Any], path: Path) -> None:
 
 def finish(results: Mapping[str, dict[str, Any]], budget: Budget, out: Path) -> None:
     """Print the table of all arms, and write it as ``results.md`` and ``results.json``."""
+    from art_saliency.evaluation._autoattack_plan import changes_of, in_words
     from art_saliency.evaluation.table import markdown_table, percent
     from art_saliency.files import write_file
 
@@ -88,12 +89,14 @@ def finish(results: Mapping[str, dict[str, Any]], budget: Budget, out: Path) -> 
     header = ("network", "clean %", "PGD-20 %", "AutoAttack %", "95 % interval", "s / epoch", "passes / step")
     table = markdown_table(header, rows)
     details = next(iter(results.values()))["autoattack_details"]
+    kind = (details["version"], details["deviations"])
     which = "all" if budget.images == len(budget.data.x_test) else "the first"
     note = (
         f"Accuracy on {which} {budget.images} test images of {budget.data.name}, {budget.threat.norm} eps "
-        f"{budget.threat.eps:g}, {budget.epochs} epochs, seed {budget.seed}. AutoAttack: version standard, by "
+        f"{budget.threat.eps:g}, {budget.epochs} epochs, seed {budget.seed}. AutoAttack: version {in_words(*kind)}, by "
         f"{details['backend']} {details['backend_version']}. One pass is a forward-backward pass of standard training."
     )
+    note = "\n\n".join([note, *(f"AutoAttack: {change}" for change in changes_of(*kind))])
 
     def write() -> None:
         keep(results, out)

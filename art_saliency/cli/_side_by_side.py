@@ -16,13 +16,20 @@ _CONDITIONS = {"data": "test images of {}", "threat model": "{}", "AutoAttack": 
 """What figures hold for, by the name of a column, and in words."""
 
 
+def _attack(page: dict[str, Any]) -> dict[str, Any]:
+    details: dict[str, Any] = page.get("autoattack_details") or page["autoattack"]["details"]
+    return details
+
+
 def _conditions(page: dict[str, Any]) -> dict[str, str]:
     """:param page: Of an evaluation or of a report. :return: Each of the conditions, as it was."""
-    attack = page.get("autoattack_details") or page["autoattack"]["details"]
+    from art_saliency.evaluation._autoattack_plan import in_words
+
+    attack = _attack(page)
     return {
         "data": page["data"],
         "threat model": f"{attack['norm']} eps {attack['eps']:g}",
-        "AutoAttack": attack["version"],
+        "AutoAttack": in_words(attack["version"], attack["deviations"]),
     }
 
 
@@ -51,6 +58,7 @@ def table_of_run(page: dict[str, Any], method: str) -> str:
 
 def compare(pages: dict[str, dict[str, Any]], out: Path) -> None:
     """Print and write one table of all runs, and draw one figure. What differs between them has a column."""
+    from art_saliency.evaluation._autoattack_plan import changes_of
     from art_saliency.evaluation.report_text import interval
     from art_saliency.evaluation.table import markdown_table, percent
 
@@ -70,6 +78,9 @@ def compare(pages: dict[str, dict[str, Any]], out: Path) -> None:
     table = markdown_table([*header, "audit"] if full else header, rows, left=2 + len(own))
     if same:
         table = f"{table}\n\n{_note(first, same)}"
+    attacks = [_attack(page) for page in pages.values()]
+    changes = [change for attack in attacks for change in changes_of(attack["version"], attack["deviations"])]
+    table = "\n\n".join([table, *(f"AutoAttack: {change}" for change in dict.fromkeys(changes))])
     shown_and_written(f"\n{table}\n", lambda: _write_comparison(pages, table, out, full=full))
     print(f"Written to {out}: comparison.md, comparison.json, comparison.png")
 

@@ -54,7 +54,7 @@ def plan_attacks(version: str, attacks: Sequence[str] | None, classes: int, squa
     :raises InputError: When a custom list names what cannot run: nothing that was named is dropped in silence.
     """
     if version == "custom":
-        names, deviations = _custom(attacks, classes), ["version 'custom'"]
+        names, deviations = _custom(attacks, classes), [_other(version)]
     elif attacks is not None:
         raise _checks.refuse(
             "attacks", repr(attacks), f"None with version={version!r}", "version='custom' takes a list"
@@ -62,7 +62,7 @@ def plan_attacks(version: str, attacks: Sequence[str] | None, classes: int, squa
     else:
         names, deviations = _fitting(VERSIONS[version], classes)
         if version != "standard":
-            deviations.insert(0, f"version {version!r}")
+            deviations.insert(0, _other(version))
     targeted = [name for name in names if name in ("apgd-t", "fab-t")]
     if targeted and classes - 1 < _TARGETS:
         fewer = f"{classes - 1} instead of {_TARGETS} targets"
@@ -70,6 +70,21 @@ def plan_attacks(version: str, attacks: Sequence[str] | None, classes: int, squa
     if "square" in names and square_queries != QUERIES:
         deviations.append(f"square with {square_queries} instead of {QUERIES} queries")
     return Plan(tuple(names), min(_TARGETS, classes - 1), deviations)
+
+
+def changes_of(version: str, deviations: Sequence[str]) -> list[str]:
+    """:return: What was changed of a version of AutoAttack; that it is another one than the standard version is no change of it."""
+    return [each for each in deviations if each != _other(version)]
+
+
+def in_words(version: str, deviations: Sequence[str]) -> str:
+    """:return: What may be called by a version's name is, and what was changed says so: ``"standard, changed: 5 classes"``."""
+    causes = dict.fromkeys(each.partition(":")[0] for each in changes_of(version, deviations))
+    return f"{version}, changed: {', '.join(causes)}" if causes else version
+
+
+def _other(version: str) -> str:
+    return f"version {version!r}"
 
 
 def _custom(attacks: Sequence[str] | None, classes: int) -> list[str]:

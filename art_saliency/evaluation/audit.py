@@ -22,7 +22,7 @@ from art_saliency.evaluation._audit_check import MASKED, ORDERS, PASS, SUSPICIOU
 from art_saliency.evaluation._audit_laboratory import AuditBudget, Laboratory
 from art_saliency.evaluation._autoattack_guard import process_kept, seed_everything
 from art_saliency.evaluation._autoattack_memory import weights_sha256
-from art_saliency.evaluation._autoattack_plan import square_needs
+from art_saliency.evaluation._autoattack_plan import in_words, square_needs
 from art_saliency.evaluation._inputs import placed, refuse_double
 from art_saliency.evaluation.accuracy import binomial_interval
 from art_saliency.evaluation.autoattack import AutoAttackResult, autoattack
@@ -163,7 +163,7 @@ def audit(
     with process_kept(model, {}), tqdm(desc="audit", unit="check", disable=not progress, leave=None) as bar:
         seed_everything(seed)
         lab = Laboratory(model, images, labels, threat, budget, batch_size=batch_size, seed=seed, bar=bar)
-        words = "AutoAttack" if found is None else f"AutoAttack ({found.version})"
+        words = "AutoAttack" if found is None else f"AutoAttack ({in_words(found.version, found.deviations)})"
         steps: list[Callable[[Laboratory], list[Check]]] = [
             *_STEPS,
             partial(others.black_box, square=_scored(lab, square), transferred=transferred, needed=needed),

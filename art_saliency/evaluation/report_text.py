@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from art_saliency.evaluation._audit_gradients import curve_steps
+from art_saliency.evaluation._autoattack_plan import in_words
 from art_saliency.evaluation.table import markdown_table, percent
 
 __all__ = ["interval", "markdown"]
@@ -29,7 +30,7 @@ def interval(row: Mapping[str, Any]) -> str:
 def _accuracies(page: Mapping[str, Any]) -> str:
     rows = [("clean", page["clean"]), ("PGD-20", page["pgd20"])]
     details = page["autoattack"]["details"]
-    rows.append((f"AutoAttack ({details['version']})", page["autoattack"]))
+    rows.append((f"AutoAttack ({in_words(details['version'], details['deviations'])})", page["autoattack"]))
     if page["transfer"]:
         rows.append(("transferred attacks, worst of all", page["transfer"]))
     for key, words in (("corruptions", "corruptions"), ("corruption_arrays", "corruption arrays")):
@@ -130,10 +131,11 @@ def markdown(page: Mapping[str, Any], figures: Sequence[Path]) -> str:
     pictures = [
         f"![{path.stem}]({path.as_posix()})\n\n{_CAPTIONS.get(path.stem, '').format(steps=steps)}" for path in figures
     ]
+    attack = in_words(details["version"], details["deviations"])
     warnings = [f"- AutoAttack: {line}" for line in [*details["deviations"], *details["warnings"]]]
     parts = [
         f"# {page['network']} on {page['data']}: {threat['norm']} eps {threat['eps']:g}",
-        f"{percent(page['autoattack']['accuracy'])} % of {page['images']} images stand against AutoAttack ({details['version']}). Audit: "
+        f"{percent(page['autoattack']['accuracy'])} % of {page['images']} images stand against AutoAttack ({attack}). Audit: "
         f"**{page['audit']['verdict']}**.",
         _accuracies(page),
         *warnings,
