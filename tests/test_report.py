@@ -350,3 +350,26 @@ def test_what_runs_for_few_classes_is_not_called_the_standard_version(tmp_path, 
     results = (tmp_path / "arms" / "results.md").read_text()
     assert "AutoAttack: version standard, changed: 5 classes, by " in results
     assert results.endswith("\n\nAutoAttack: 5 classes: apgd-t and fab-t with 4 instead of 9 targets\n")
+
+
+def test_what_an_attack_would_refuse_is_refused_before_the_first_run_is_measured(tmp_path, capsys, monkeypatch):
+    """Images too small for the tiles of Square under L2, those of the second run, and a radius beyond the audit's."""
+    for side in (14, 15):
+        parts = {f"x_{part}": np.random.rand(20, 1, side, side).astype("float32") for part in ("train", "test")}
+        np.savez(tmp_path / f"{side}.npz", **parts, y_train=np.arange(20) % 10, y_test=np.arange(20) % 10)
+        words = spell("train", "standard", data=tmp_path / f"{side}.npz", out=tmp_path / f"run{side}", width=4)
+        assert main([*words, *spell(eps=0.1, epochs=1, device="cpu", quiet=True)]) == 0
+    before = sorted(tmp_path.rglob("*"))
+    for part in ("cli._arms.try_arms", "evaluation.summary.summarise", "trainers.surrogates.train_surrogates"):
+        monkeypatch.setattr(f"art_saliency.{part}", lambda *_, **__: 1 / 0)
+    runs = [str(tmp_path / "run15"), str(tmp_path / "run14")]
+    tiles = "--norm: got L2 with images of 14 x 14 pixels, expected sides that Square's tiles"
+    capsys.readouterr()
+    for given, said in (
+        (["evaluate", *runs, "--norm", "L2", "--out", str(tmp_path / "both")], tiles),
+        (spell("compare", data=tmp_path / "14.npz", norm="L2", out=tmp_path / "arms"), tiles),
+        (spell("evaluate", runs[0], full=True, norm="L2", eps=100), "eps: got 100, expected 0 < eps <= 15"),
+    ):
+        assert main([*given, "--device", "cpu", "--quiet"]) == 2
+        assert said in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before

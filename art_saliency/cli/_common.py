@@ -15,6 +15,7 @@ from art_saliency.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from art_saliency.data import DataSet
     from art_saliency.threat import ThreatModel
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "KEPT",
     "add_run_options",
+    "check_attackable",
     "check_seed",
     "data_of_run",
     "fraction",
@@ -106,6 +108,17 @@ def check_seed(seed: int) -> None:
     # Without _checks, which imports torch: `verify` first looks where modules would come from.
     if not 0 <= seed < 2**32:
         raise InputError(f"--seed: got {seed}, expected a whole number from 0 to {2**32 - 1}")
+
+
+def check_attackable(threat: ThreatModel, images: Tensor, version: str = "standard") -> None:
+    """:param images: (N, C, H, W). :raises InputError: When an attack of that version of AutoAttack would fail on them."""
+    from art_saliency import _checks
+    from art_saliency.evaluation._autoattack_plan import VERSIONS, square_needs
+
+    needed = square_needs(threat, images) if "square" in VERSIONS[version] else None
+    if needed is not None:
+        got = f"{threat.norm} with images of {images.shape[2]} x {images.shape[3]} pixels"
+        raise _checks.refuse("--norm", got, needed, "say --norm Linf, or bring the images to another size")
 
 
 def pick_device(name: str) -> torch.device:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from art_saliency.cli._common import data_of_run, page_of_run, threat_of_run
+from art_saliency.cli._common import check_attackable, data_of_run, page_of_run, threat_of_run
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,7 @@ def opened(args: argparse.Namespace, folders: Mapping[str, Path], device: torch.
     :param args: Of ``evaluate``. :param folders: By name. :return: By name.
     """
     from art_saliency import _checks
+    from art_saliency.evaluation.audit import check_radius
     from art_saliency.trainers.runs import load
 
     sets: dict[str, DataSet] = {}
@@ -58,7 +59,10 @@ def opened(args: argparse.Namespace, folders: Mapping[str, Path], device: torch.
             raise _checks.refuse("--data", f"images of shape {data.input_shape}", f"{shape}, which the network takes")
         count = most if args.images is None else _checks.whole("--images", args.images, least=1, most=most)
         _checks.labels(data.y_test[:count], count, page["network"]["num_classes"], name="y_test")
-        subjects[name] = Subject(folder, page, model, data, count, threat_of_run(args, page))
+        of = subjects[name] = Subject(folder, page, model, data, count, threat_of_run(args, page))
+        check_attackable(of.threat, data.x_test, args.version)
+        if args.full:
+            check_radius(of.threat, data.x_test)
     return subjects
 
 

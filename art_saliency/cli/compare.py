@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from art_saliency.cli._common import add_run_options, fraction, pick_device, say, writable
+from art_saliency.cli._common import add_run_options, check_attackable, fraction, pick_device, say, writable
 from art_saliency.cli._train_options import GREATEST
 
 _ARMS = (
@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     _checks.real("--lr", args.lr, above=0, most=GREATEST)
     device = pick_device(args.device)
     data = load_data(args.data, root=args.data_root)
+    check_attackable(threat, data.x_test)
     count = len(data.x_test)
     images = count if args.images is None else _checks.whole("--images", args.images, least=1, most=count)
     out = Path(args.out)
