@@ -143,17 +143,18 @@ def test_a_run_comes_back_to_be_trained_on_with_all_that_its_layers_were_set_to(
 def test_compare_puts_methods_and_compositions_into_one_table(folder, capsys):
     words = spell("compare", **ONE_EPOCH, data=folder / "few.npz", images=6, width=8, quiet=True, device="cpu")
     out = folder / "compare"
-    assert main([*words, *spell(arms="fgsm-rs:eps_step=0.05,fsr+trades,standard@silu", out=out)]) == 0
+    assert main([*words, *spell(arms="fgsm-rs:eps_step=1/20,fsr+trades,standard@silu", out=out)]) == 0
     printed, err = capsys.readouterr()
     assert err == ""
     results = json.loads((out / "results.json").read_text())
-    assert list(results) == ["fgsm-rs:eps_step=0.05", "fsr+trades", "standard@silu"]
-    page = json.loads((out / "fgsm-rs:eps_step=0.05" / "run.json").read_text())
+    assert list(results) == ["fgsm-rs:eps_step=1/20", "fsr+trades", "standard@silu"]
+    page = json.loads((out / "fgsm-rs:eps_step=1%2F20" / "run.json").read_text())
     assert (page["method"], page["settings"]["eps_step"]) == ("fgsm-rs", 0.05)
+    assert {path.parent for path in out.rglob("weights.pt")} < set(out.iterdir()), "a folder an arm, none within another"
     page = json.loads((out / "standard@silu" / "run.json").read_text())
     assert (page["method"], page["network"]["activation"]) == ("standard", "silu")
     assert all(f"| {arm} " in printed for arm in results)
-    assert results["fsr+trades"]["passes_per_step"] > results["fgsm-rs:eps_step=0.05"]["passes_per_step"] > 1
+    assert results["fsr+trades"]["passes_per_step"] > results["fgsm-rs:eps_step=1/20"]["passes_per_step"] > 1
     assert load(out / "fsr+trades").nb_classes == 10
     assert (out / "fsr+trades" / "saliency.png").exists()
 

@@ -82,6 +82,11 @@ class Arm:
     network: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def folder(self) -> str:
+        """Of the arm, in that of a comparison: its name, in which a fraction's bar would make a folder within a folder."""
+        return self.name.replace("/", "%2F")
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -252,7 +257,7 @@ def run_arm(arm: Arm, budget: Budget, out: Path, *, resume: str | None = None) -
     from art_saliency.trainers.runs import save
     from art_saliency.training.checkpoint import clear
 
-    data, kept = budget.data, out / arm.name / KEPT
+    data, kept = budget.data, out / arm.folder / KEPT
     # Not after every epoch: the seconds of an epoch stand in the table.
     keeping: dict[str, Any] = (
         {"checkpoint_dir": kept, "checkpoint_every": "60 seconds", "resume": resume} if resume else {}
@@ -260,7 +265,7 @@ def run_arm(arm: Arm, budget: Budget, out: Path, *, resume: str | None = None) -
     trained = train_arm(arm, budget, **keeping)
     classifier = trained.trainer.get_classifier()
     folder = save(
-        out / arm.name,
+        out / arm.folder,
         classifier,
         network=trained.network,
         method=arm.method,
