@@ -150,7 +150,9 @@ def test_compare_puts_methods_and_compositions_into_one_table(folder, capsys):
     assert list(results) == ["fgsm-rs:eps_step=1/20", "fsr+trades", "standard@silu"]
     page = json.loads((out / "fgsm-rs:eps_step=1%2F20" / "run.json").read_text())
     assert (page["method"], page["settings"]["eps_step"]) == ("fgsm-rs", 0.05)
-    assert {path.parent for path in out.rglob("weights.pt")} < set(out.iterdir()), "a folder an arm, none within another"
+    assert {path.parent for path in out.rglob("weights.pt")} < set(out.iterdir()), (
+        "a folder an arm, none within another"
+    )
     page = json.loads((out / "standard@silu" / "run.json").read_text())
     assert (page["method"], page["network"]["activation"]) == ("standard", "silu")
     assert all(f"| {arm} " in printed for arm in results)
@@ -196,6 +198,41 @@ def test_an_interrupted_comparison_keeps_what_it_measured_and_goes_on(folder, mo
     assert load(out / "fgsm-rs").nb_classes == 10
     assert (out / "fgsm-rs" / "weights.pt").read_bytes() == weights
     assert "| fgsm-rs " in capsys.readouterr().out
+
+
+def test_a_comparison_that_is_begun_anew_is_gone_on_with_and_not_the_one_before(folder, tmp_path, monkeypatch, capsys):
+    """The one before stopped in its second arm; what others keep in the folder is left alone."""
+    from art_saliency.evaluation import summary
+
+    words = spell("compare", **ONE_EPOCH, data=folder / "few.npz", images=2, width=4, quiet=True, device="cpu")
+    words += spell(out=(out := tmp_path / "out"))
+
+    def stopped_after(count, *more):
+        summarise, measured = summary.summarise, []
+
+        def measure(*given, **options):
+            if len(measured) == count:
+                raise KeyboardInterrupt
+            measured.append(given)
+            return summarise(*given, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(summary, "summarise", measure)
+            assert main([*words, *more]) == 130
+
+    stopped_after(1, "--arms", "standard,fgsm-rs")
+    (kept,) = (out / "fgsm-rs" / "checkpoints").glob("checkpoint-000002-*")
+    shutil.copytree(kept.parent, out / "mine" / "checkpoints")
+    (out / "results.md").write_text("of the one before")
+    shutil.copytree(out, damaged := tmp_path / "damaged")
+    damage(damaged / "budget.json")
+    assert main([*words[:-1], str(damaged), "--arms", "fgsm-rs", "--force"]) == 0
+    stopped_after(0, "--arms", "standard", "--force", "--lr", "0.02")
+    assert not kept.exists()
+    assert not (out / "results.md").exists()
+    assert main([*words, "--arms", "standard,fgsm-rs", "--resume", "--lr", "0.02"]) == 0, capsys.readouterr().err
+    assert list(json.loads((out / "results.json").read_text())) == ["standard", "fgsm-rs"]
+    assert (out / "mine" / "checkpoints" / kept.name).exists()
 
 
 WRONG = {

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from art_saliency.cli._common import shown_and_written
+from art_saliency.cli._common import KEPT, shown_and_written
+from art_saliency.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from art_saliency.cli._arms import Budget
+    from art_saliency.cli._arms import Arm, Budget
 
 __all__ = ["begin", "finish", "go_on", "has_begun", "keep"]
 
-_BUDGET, _RESULTS = "budget.json", "results.json"
+_BUDGET, _RESULTS, _TABLE = "budget.json", "results.json", "results.md"
+_ARMS = "arms"  # in the budget's file: the folders of all arms that were begun
 
 
 def has_begun(out: Path) -> bool:
@@ -22,14 +25,24 @@ def has_begun(out: Path) -> bool:
     return (out / _BUDGET).is_file()
 
 
-def begin(budget: Budget, out: Path) -> None:
-    """Write what a comparison that is interrupted goes on from."""
+def begin(budget: Budget, arms: Sequence[Arm], out: Path) -> None:
+    """Write what a comparison that is interrupted goes on from, in place of what one that was here before would have gone on from."""
+    from art_saliency.training.checkpoint import clear
+
     out.mkdir(parents=True, exist_ok=True)
-    keep({}, out)  # of a comparison that was here before
-    _write(budget.to_json(), out / _BUDGET)
+    before: list[str] = []
+    if has_begun(out):
+        with contextlib.suppress(CheckpointError):  # damaged: it goes now
+            before = _read(out / _BUDGET).get(_ARMS, [])
+    folders = [arm.folder for arm in arms]
+    for folder in {*before, *folders}:
+        clear(out / folder / KEPT)
+    (out / _TABLE).unlink(missing_ok=True)
+    keep({}, out)
+    _write({**budget.to_json(), _ARMS: folders}, out / _BUDGET)
 
 
-def go_on(budget: Budget, out: Path) -> dict[str, dict[str, Any]]:
+def go_on(budget: Budget, arms: Sequence[Arm], out: Path) -> dict[str, dict[str, Any]]:
     """
     Go on with the comparison in a folder.
 
@@ -39,15 +52,18 @@ def go_on(budget: Budget, out: Path) -> dict[str, dict[str, Any]]:
     from art_saliency import _checks
     from art_saliency.training.checkpoint import differences
 
-    if found := differences(_read(out / _BUDGET), budget.to_json()):
+    before = _read(out / _BUDGET)
+    folders = before.pop(_ARMS, [])
+    if found := differences(before, budget.to_json()):
         got = f"a budget that differs from the one in {out}: {'; '.join(found)}"
         raise _checks.refuse("--resume", got, "the same data and words", "give those, or choose another folder")
-    return _read(out / _RESULTS)
+    results = _read(out / _RESULTS)
+    added = [arm.folder for arm in arms if arm.folder not in folders]
+    _write({**before, _ARMS: folders + added}, out / _BUDGET)
+    return results
 
 
 def _read(path: Path) -> dict[str, Any]:
-    from art_saliency.errors import CheckpointError
-
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -100,6 +116,6 @@ def finish(results: Mapping[str, dict[str, Any]], budget: Budget, out: Path) -> 
 
     def write() -> None:
         keep(results, out)
-        write_file(out / "results.md", lambda file: file.write(f"{table}\n\n{note}\n".encode()))
+        write_file(out / _TABLE, lambda file: file.write(f"{table}\n\n{note}\n".encode()))
 
     shown_and_written(f"{table}\n\n{note}", write)

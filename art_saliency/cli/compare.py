@@ -100,10 +100,10 @@ def run(args: argparse.Namespace) -> int:
         quiet=args.quiet,
     )
     say(args, "a step of every arm, to see that all can be trained")
-    results = go_on(budget, out) if resumed else {}
+    results = go_on(budget, arms, out) if resumed else {}
     try_arms([arm for arm in arms if arm.name not in results], budget)
     if not resumed:
-        begin(budget, out)
+        begin(budget, arms, out)
     for number, arm in enumerate(arms, 1):
         say(args, f"[{number}/{len(arms)}] {arm.name}" + (": measured" if arm.name in results else ""))
         if arm.name not in results:
