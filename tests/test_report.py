@@ -241,7 +241,11 @@ def test_evaluate_full_writes_a_report_with_three_surrogates(runs, capsys, monke
         patch.setattr("art_saliency.evaluation.report.transfer", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main([*words, "--force"])
-    assert state.exists()
+        patch.setattr("art_saliency.evaluation.report.audit", lambda *_, **__: 1 / 0)
+        patch.setattr("torch.get_num_threads", lambda: 77)
+        with pytest.raises(ZeroDivisionError):  # and not refused for what lies there of other threads
+            main([*words, "--force", "--no-surrogates"])
+    assert len(list(state.iterdir())) == 2
     left = sorted(state.rglob("*"))
     assert main([*words, "--force", "--images", "14", "--no-surrogates"]) == 0, "of other images: a report of its own"
     assert sorted(state.rglob("*")) == left, "what the interrupted report goes on from is still there"
@@ -355,7 +359,7 @@ def test_what_runs_for_few_classes_is_not_called_the_standard_version(tmp_path, 
 def test_what_an_attack_would_refuse_is_refused_before_the_first_run_is_measured(tmp_path, capsys, monkeypatch):
     """Images too small for the tiles of Square under L2, those of the second run, and a radius beyond the audit's."""
     for side in (14, 15):
-        parts = {f"x_{part}": np.random.rand(20, 1, side, side).astype("float32") for part in ("train", "test")}
+        parts = {f"x_{part}": torch.rand(20, 1, side, side).numpy() for part in ("train", "test")}
         np.savez(tmp_path / f"{side}.npz", **parts, y_train=np.arange(20) % 10, y_test=np.arange(20) % 10)
         words = spell("train", "standard", data=tmp_path / f"{side}.npz", out=tmp_path / f"run{side}", width=4)
         assert main([*words, *spell(eps=0.1, epochs=1, device="cpu", quiet=True)]) == 0

@@ -170,10 +170,7 @@ def _full(args: argparse.Namespace, of: Subject, *, named: Mapping[str, nn.Modul
     from art_saliency.evaluation.report import full_report
     from art_saliency.trainers.surrogates import variants_of_run
 
-    # An interrupted report goes on where it stopped; one of other images, weights or settings has a folder of its own.
-    settings = [of.page["weights_sha256"], of.data.fingerprint(), of.count, of.threat.norm, of.threat.eps]
-    settings += [args.version, args.batch_size, args.seed]
-    kept = of.folder / "autoattack-state" / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+    kept = _state_folder(args, of)
     report = full_report(
         of.model,
         *of.images(),
@@ -201,6 +198,21 @@ def _full(args: argparse.Namespace, of: Subject, *, named: Mapping[str, nn.Modul
         kept.parent.rmdir()
     print(f"Written to {target}: report.md, report.json, figures")
     return report.page
+
+
+def _state_folder(args: argparse.Namespace, of: Subject) -> Path:
+    """:return: Where an interrupted report goes on; one of other images, weights, settings, threads or devices has a folder of its own."""
+    import torch
+
+    from art_saliency.evaluation._autoattack_backend import find_backend
+
+    device, backend = next(of.model.parameters()).device, find_backend()
+    settings = [of.page["weights_sha256"], of.data.fingerprint(), of.count, of.threat.norm, of.threat.eps]
+    settings += [args.version, args.batch_size, args.seed, backend.name, backend.version, torch.__version__]
+    settings += [torch.get_num_threads(), device.type, torch.backends.cpu.get_cpu_capability()]
+    if device.type == "cuda":
+        settings.append(torch.cuda.get_device_name(device))
+    return of.folder / "autoattack-state" / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
 def _surrogates(args: argparse.Namespace, of: Subject, named: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
