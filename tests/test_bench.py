@@ -379,7 +379,7 @@ def test_the_command_prints_one_table_and_writes_everything(tmp_path, capsys):
         (["--rounds", "0"], "rounds: got 0"),
         (["--steps", "0"], "steps: got 0"),
         (["--batch-size", "1"], "batch_size: got 1"),
-        (["--max-iter", "0"], "max_iter: got 0"),
+        (["--max-iter", "0"], "--max-iter: got 0"),
         (["--eps", "2"], "eps: got 2"),
         (["--precision", "16"], "precision: got '16'"),
         (["--network", "resnet"], "network: got 'resnet'"),
@@ -388,6 +388,13 @@ def test_the_command_prints_one_table_and_writes_everything(tmp_path, capsys):
         (["--out", "."], "which is there"),
         (["--scaling", "--out", "table.json"], "--out: got 'table.json', expected no such option with --scaling"),
         (["--scaling", "--input-shape", "1,8,8"], "--input-shape: got '1,8,8', expected no such option with --scaling"),
+        (["--scaling"], "--device: got 'cpu', expected no such option with --scaling"),
+        (["--scaling", "--device", "auto", "--seed", "3"], "--seed: got 3, expected no such option with --scaling"),
+        (["--scaling", "--device", "auto", "--max-iter", "0"], "--max-iter: got 0"),
+        (
+            ["--scaling", "--device", "auto", "--methods", "j-sigr@silu"],
+            "--methods: got 'j-sigr@silu', expected methods",
+        ),
     ],
 )
 def test_a_wrong_word_is_explained(words, said, capsys):

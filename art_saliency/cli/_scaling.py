@@ -22,17 +22,23 @@ def counts(methods: str, *, network: str, side: int, eps: float, max_iter: int) 
     """
     import torch
 
+    from art_saliency import _checks
     from art_saliency.cli._arms import parse_arms
     from art_saliency.networks import build_network
     from art_saliency.trainers.methods import TRAINERS
     from art_saliency.trainers.runs import make_classifier
     from art_saliency.training.scaling import counted_passes
 
+    arms = parse_arms("--methods", methods, options=(), common=())
+    for arm in arms:
+        if arm.network:
+            remedy = f"leave @{arm.network['activation']} out: it hardly changes what is counted"
+            raise _checks.refuse("--methods", repr(arm.name), f"methods alone: {network} is counted as it is", remedy)
     shape = (3, side, side)
     torch.manual_seed(0)
     plain = build_network(network, num_classes=1000, input_shape=shape)
     found = {}
-    for arm in parse_arms("--methods", methods, options=(), common=()):
+    for arm in arms:
         model = copy.deepcopy(plain)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         classifier = make_classifier(model, input_shape=shape, num_classes=1000, optimizer=optimizer)

@@ -25,6 +25,9 @@ _ONLY_MEASURED = (
     "rounds",
     "precision",
     "out",
+    "device",
+    "seed",
+    "force",
 )
 
 
@@ -79,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     from art_saliency.files import write_file
     from art_saliency.trainers.benchmark import Entry, Setting, benchmark
 
+    _checks.whole("--max-iter", args.max_iter, least=1)
     if args.scaling:
         refuse_unused(args, _ONLY_MEASURED, "with --scaling")
         methods = METHODS if args.methods == _METHODS else args.methods
