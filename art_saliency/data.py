@@ -187,7 +187,7 @@ def load_data(
         ("num_classes", num_classes, "arrays"),
     ):
         if value is not None and kind != taker:
-            raise _checks.refuse(keyword, repr(value), f"None for {name!r}", f"it is for {_SOURCES[taker]}")
+            raise _checks.refuse(keyword, repr(value), f"no {keyword} for {name!r}", f"it is for {_SOURCES[taker]}")
     if name == "digits":
         return _digits()
     if kind == "name":
@@ -373,13 +373,15 @@ def _decoded_all(images: Any) -> Any:
         got = f"{len(images):,} images of {first.shape[1]}x{first.shape[2]} pixels"
         expected = f"at most {MEMORY_LIMIT / (1 << 30):g} GiB to keep in memory"
         raise _checks.refuse(
-            images.root, got, expected, "say a smaller size, or stream them (--stream, image_folder_loader)"
+            images.root, got, expected, "say a smaller size, or stream them (train --stream, image_folder_loader)"
         )
     x = torch.empty((len(images), *first.shape), dtype=torch.uint8)
     for place, (file, _) in enumerate(images.samples):
         image = images[place][0]
         if image.shape != first.shape:
             got, expected = (f"{each.shape[1]}x{each.shape[2]} pixels" for each in (image, first))
-            raise _checks.refuse(file, got, f"{expected} as in {images.samples[0][0]}", "say size= (--size)")
+            raise _checks.refuse(
+                file, got, f"{expected} as in {images.samples[0][0]}", "say size= (train and compare: --size)"
+            )
         x[place] = image
     return x.numpy()

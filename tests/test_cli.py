@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import art_saliency
 from art_saliency import load
@@ -161,6 +162,20 @@ def test_compare_puts_methods_and_compositions_into_one_table(folder, capsys):
     assert (out / "fsr+trades" / "saliency.png").exists()
 
 
+def test_compare_brings_pictures_to_one_size_and_evaluate_finds_it(tmp_path, capsys):
+    for part in ("train", "test"):
+        for label in "ab":
+            (place := tmp_path / "pics" / part / label).mkdir(parents=True)
+            for side in (9, 11, 12, 13):
+                Image.new("RGB", (side, side), (20 * side, 9 * side, 200)).save(place / f"{side}.png")
+    words = spell("compare", **ONE_EPOCH, arms="standard", width=4, quiet=True, device="cpu", out=tmp_path / "out")
+    words += spell(data=tmp_path / "pics")
+    assert main(words) == 2
+    assert "say size= (train and compare: --size)" in capsys.readouterr().err
+    assert main([*words, "--size", "10"]) == 0
+    assert main(["evaluate", str(tmp_path / "out" / "standard"), "--quiet", "--device", "cpu"]) == 0
+
+
 def test_an_interrupted_comparison_keeps_what_it_measured_and_goes_on(folder, monkeypatch, capsys):
     """
     The second arm is measured no more; the first one's figures are in results.json. With --resume neither is trained again, and the
@@ -260,6 +275,24 @@ WRONG = {
     "augment": (["train", "pgd-at", "--eps", "0.1", "--augment", "crp", "--out", "OUT"], "crop"),
     "weights": (["train", "pgd-at", "--eps", "0.1", "--weights", "no.pt", "--out", "OUT"], "no.pt: no such file"),
     "scheduler": (["train", "pgd-at", "--eps", "0.1", "--scheduler", "cosin", "--out", "OUT"], "did you mean 'cosine'"),
+    "no scheduler": (["train", "pgd-at", "--eps", "0.1", "--scheduler", "foo", "--out", "OUT"], "'onecycle', 'none'"),
+    "nothing to select on": (
+        ["train", "pgd-at", "--eps", "0.1", "--selection", "best", "--validation-split", "0", "--out", "OUT"],
+        "--selection: got best without images held out, expected some to measure on; say --validation-split 0.1",
+    ),
+    "nothing to wait for": (
+        ["train", "pgd-at", "--eps", "0.1", "--patience", "1", "--validation-split", "0", "--out", "OUT"],
+        "--patience: got 1 without images held out, expected some to measure on; say --validation-split 0.1",
+    ),
+    "no slow copy": (
+        ["train", "adv-gsct", "--eps", "0.1", "--set", "target_network=ema", "--out", "OUT"],
+        "--ema: got nothing, expected a decay: adv-gsct as set keeps a slow copy; say --ema 0.999",
+    ),
+    "size": (
+        ["train", "pgd-at", "--eps", "0.1", "--size", "5", "--out", "OUT"],
+        "got 5, expected no size for 'digits'",
+    ),
+    "compare's size": (["compare", "--size", "5", "--out", "OUT"], "got 5, expected no size for 'digits'"),
     "arm": (["compare", "--arms", "pgd-at,fsr+pgd", "--out", "OUT"], "did you mean 'pgd-at'"),
     "arm's parameter": (["compare", "--arms", "adv-gsct:rhoo=0", "--out", "OUT"], "did you mean 'rho'"),
     "activation": (["compare", "--arms", "pgd-at@sillu", "--out", "OUT"], "did you mean 'silu'"),

@@ -386,7 +386,7 @@ def test_paths_that_are_no_data_set(tmp_path):
             load_data(spec)
         check_one_sentence(caught.value)
     for keyword, value in (("size", 32), ("layout", "NCHW"), ("num_classes", 10)):
-        with pytest.raises(InputError, match=f"{keyword}: got .* expected None for 'digits'") as caught:
+        with pytest.raises(InputError, match=f"{keyword}: got .* expected no {keyword} for 'digits'") as caught:
             load_data("digits", **{keyword: value})
         check_one_sentence(caught.value)
 

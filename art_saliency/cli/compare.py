@@ -36,6 +36,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--data", default="digits", help="as for train (default: %(default)s)")
     parser.add_argument("--data-root", help="where torchvision's sets lie")
+    parser.add_argument("--size", type=int, help="side of the images that a folder of pictures is brought to")
     parser.add_argument("--network", help="a name (default: by the image size)")
     parser.add_argument("--activation", default="relu", help="as for train (default: %(default)s)")
     parser.add_argument("--width", type=int, help="channels of the first stage")
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     _checks.whole("--batch-size", args.batch_size, least=1)
     _checks.real("--lr", args.lr, above=0, most=GREATEST)
     device = pick_device(args.device)
-    data = load_data(args.data, root=args.data_root)
+    data = load_data(args.data, root=args.data_root, size=args.size)
     check_attackable(threat, data.x_test)
     count = len(data.x_test)
     images = count if args.images is None else _checks.whole("--images", args.images, least=1, most=count)
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     writable("--out", out)
     budget = Budget(
         data=data,
-        spec={"spec": spec_of(args.data), "root": args.data_root},
+        spec={"spec": spec_of(args.data), "root": args.data_root, "size": args.size},
         network={
             "name": args.network or default_network(data.input_shape),
             "num_classes": data.num_classes,

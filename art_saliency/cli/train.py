@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
     trainer_class.check_parameters(settings)  # refused before any data is read
     device = pick_device(args.device) if alone else own_device(args.device)
     _checks.real("--validation-split", args.validation_split, least=0, below=1)
+    _check_words(args)
     augment = device_augmentation(args.augment)
     cadence(args.checkpoint_every)
     folder = _folder(args)
@@ -109,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
     parameters = {**trainer_class.defaults_for(classifier.model), **settings}
     recipe = _recipe(args, parameters, classifier)
     trainer = trainer_class(classifier, **parameters)
+    if trainer.objective.needs_target_model and args.ema is None:
+        raise _checks.refuse("--ema", "nothing", f"a decay: {args.method} as set keeps a slow copy", "say --ema 0.999")
     aside = held_out(args, data)
     say(
         args,
@@ -135,6 +138,19 @@ def run(args: argparse.Namespace) -> int:
         return 0
     _write(args, folder, trainer, network, data, recipe)
     return 0
+
+
+def _check_words(args: argparse.Namespace) -> None:
+    """Refuse, in the command line's own words, what ``fit`` has other words for."""
+    from art_saliency import _checks
+    from art_saliency.training.schedules import SCHEDULES
+
+    _checks.one_of("--scheduler", args.scheduler, [*SCHEDULES, "none"])
+    for option, measures in (("--selection", args.selection == "best"), ("--patience", args.patience is not None)):
+        if measures and not args.validation_split:
+            given = getattr(args, option[2:])
+            remedy = "say --validation-split 0.1"
+            raise _checks.refuse(option, f"{given} without images held out", "some to measure on", remedy)
 
 
 def _recipe(args: argparse.Namespace, parameters: dict[str, Any], classifier: PyTorchClassifier) -> Recipe:
