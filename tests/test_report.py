@@ -377,3 +377,15 @@ def test_what_an_attack_would_refuse_is_refused_before_the_first_run_is_measured
         assert main([*given, "--device", "cpu", "--quiet"]) == 2
         assert said in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_by_a_method_of_the_users_own_is_evaluated_without_copies_of_it(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("art_saliency.evaluation.audit.AuditBudget", lambda: QUICK)
+    shutil.copytree(runs / "fgsm-rs", run := tmp_path / "own", ignore=shutil.ignore_patterns("report"))
+    page = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**page, "method": "my-defence"}))
+    assert main(spell("evaluate", run, full=True, images=6, audit_images=6, device="cpu")) == 0
+    out, err = capsys.readouterr()
+    assert "my-defence, 6 images" in out
+    assert "'my-defence' is no method known here (--surrogate DIR)" in err
+    assert json.loads((run / "report" / "report.json").read_text())["transfer"] is None

@@ -181,7 +181,15 @@ def page_of_run(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             str(_checks.refuse(f"{folder}", "a run that was interrupted", "one that is over", remedy))
         )
-    return read_run(folder)
+    page = read_run(folder)
+    given = {"method": page["method"], **{f"data.{name}": page["data"].get(name, "") for name in ("spec", "root")}}
+    for name, value in given.items():
+        if not isinstance(value, str) and not (name == "data.root" and value is None):
+            got = f"{json.dumps(value)[:60]} as {name}"
+            raise CheckpointError(
+                str(_checks.refuse(str(Path(folder) / "run.json"), got, "a text", "copy it again, or train again"))
+            )
+    return page
 
 
 def threat_of_run(args: Any, page: dict[str, Any]) -> ThreatModel:

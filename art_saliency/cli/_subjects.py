@@ -32,6 +32,12 @@ class Subject:
     count: int
     threat: ThreatModel
 
+    def can_be_repeated(self) -> bool:
+        """:return: Whether the run is by a method of this package; one of the user's own, saved by ``save``, cannot be trained here."""
+        from art_saliency.trainers.methods import TRAINERS
+
+        return self.page["method"].partition("+")[0] in TRAINERS
+
     def images(self) -> tuple[Tensor, Tensor]:
         """:return: (N, C, H, W) in [0, 1] or uint8, and (N,) int64."""
         return self.data.x_test[: self.count], self.data.y_test[: self.count]
@@ -70,7 +76,7 @@ def named_surrogates(
     args: argparse.Namespace, subjects: Mapping[str, Subject], device: torch.device
 ) -> dict[str, nn.Module]:
     """
-    Open the networks that ``--surrogate`` names; where three are to be trained, refuse runs that cannot be repeated.
+    Open the networks that ``--surrogate`` names; where three are to be trained, refuse runs that do not say how.
 
     :param args: Of ``evaluate --full``. :param subjects: What they are to be surrogates for. :return: By folder.
     """
@@ -84,7 +90,7 @@ def named_surrogates(
             other = {key: page_of_run(folder)["network"][key] for key in takes}
             if other != takes:
                 raise _checks.refuse("--surrogate", f"{folder}, a network for {other}", f"one for {takes}")
-        if not args.surrogate and not args.no_surrogates:
+        if not args.surrogate and not args.no_surrogates and of.can_be_repeated():
             Recipe.of(of.page)
             _ = of.data.x_train  # of a streamed set, which has no such thing and says what to do
     return {str(folder): load(folder, device=device).model for folder in args.surrogate or ()}

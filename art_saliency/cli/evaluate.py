@@ -221,6 +221,12 @@ def _surrogates(args: argparse.Namespace, of: Subject, named: Mapping[str, nn.Mo
 
     if named or args.no_surrogates:
         return named
+    if not of.can_be_repeated():
+        method = of.page["method"]
+        say(
+            args, f"no network is trained for transferred attacks: {method!r} is no method known here (--surrogate DIR)"
+        )
+        return {}
     device = next(of.model.parameters()).device
     say(args, "training three networks for transferred attacks (--no-surrogates leaves them out)")
     return train_surrogates(of.page, of.data, seed=args.seed, device=device, threat=of.threat, quiet=args.quiet)
