@@ -476,6 +476,17 @@ def test_a_reader_that_has_gone_is_no_error_and_costs_nothing(folder, tmp_path, 
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["images"] == 2
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_cannot_be_printed_is_said_once(unbuffered):
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "art_saliency", "methods"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    said = f"art-saliency: error: standard output: {os.strerror(errno.ENOSPC)}\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
 @pytest.mark.parametrize(
     "words",
     [["trian"], ["train"], ["train", "pgd-at"], ["train", "pgd-at", "--eps", "x", "--out", "a"], ["train", "--hlep"]],

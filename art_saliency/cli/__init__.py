@@ -75,6 +75,8 @@ def _run(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:  # of the system: a disk that is full, a file that may not be read
+        if error.filename is None:
+            print(end="", flush=True)  # where it is what is printed that cannot be, that is said by `main`
         what = " ".join((error.strerror or str(error)).split())
         where = "" if error.filename is None else f"{error.filename}: "
         print(f"art-saliency {args.command}: error: {where}{what}", file=sys.stderr)
