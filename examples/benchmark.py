@@ -6,9 +6,10 @@ The experiments behind the README's and the cards' tables: one JSON a run in ``e
     python examples/benchmark.py list                                        what there is and what is missing
     python examples/benchmark.py pages                                       tables and figures anew, from the files
 
-A run that stands is left alone unless the grid's settings changed. One that is interrupted is run again from its beginning, or, with
-``--checkpoints FOLDER``, its training from where it was; and what is judged anew is not trained anew. To use several processors, start
-several processes on different seeds.
+A run that stands is left alone unless the grid's settings changed, or the grid asks for an audit of it that it lacks: it is then made
+again, the same to the bit, with the audit. One that is interrupted is run again from its beginning, or, with ``--checkpoints FOLDER``,
+its training from where it was; and what is judged anew is not trained anew. To use several processors, start several processes on
+different seeds.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
         if name not in grid.arms:
             raise _checks.refuse("--arms", repr(name), f"some of {', '.join(grid.arms)}")
     torch.set_num_threads(_checks.whole("--threads", args.threads, least=1))
-    args.out.mkdir(parents=True, exist_ok=True)
     data = read_data(grid, args.data)
+    args.out.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds or range(grid.seeds):
         for name in arms:
             if not lacks(standing(args.out, args.grid, name, seed), grid, seed):
