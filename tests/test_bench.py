@@ -385,7 +385,7 @@ def test_the_command_prints_one_table_and_writes_everything(tmp_path, capsys):
         (["--network", "resnet"], "network: got 'resnet'"),
         (["--device", "tpu"], "--device: got 'tpu'"),
         (["--out", "nowhere/bench.json"], "in a folder that is not there"),
-        (["--out", "."], "which is there"),
+        (["--out", "."], "which is a folder, expected a file"),
         (["--scaling", "--out", "table.json"], "--out: got 'table.json', expected no such option with --scaling"),
         (["--scaling", "--input-shape", "1,8,8"], "--input-shape: got '1,8,8', expected no such option with --scaling"),
         (["--scaling"], "--device: got 'cpu', expected no such option with --scaling"),

@@ -443,6 +443,27 @@ def test_a_file_in_the_place_of_a_folder_is_refused_also_with_force(folder, word
     assert (folder / "few.npz").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("words", "place", "said"),
+    [
+        (["train", "pgd-at", "--eps", "0.1"], "run", "not empty, expected a new or empty folder"),
+        (["compare", "--arms", "standard"], "run", "not empty, expected a new or empty folder"),
+        (["quickstart"], "run", "not empty, expected a new or empty folder"),
+        (["evaluate", "{1}/one", "{1}/two"], "run", "not empty, expected a new or empty folder"),
+        (["bench"], "few.npz", "there already, expected a new file"),
+        (["explain", "{0}/run", "--index", "0"], "there.png", "there already, expected a new file"),
+    ],
+)
+def test_a_place_that_is_taken_is_refused_in_the_same_words_by_all(folder, tmp_path, words, place, said, capsys):
+    (folder / "there.png").touch()
+    for copied in ("one", "two"):
+        shutil.copytree(folder / "run", tmp_path / copied, ignore=shutil.ignore_patterns("evaluation.json"))
+    given = [word.format(folder, tmp_path) for word in words]
+    assert main([*given, "--out", str(folder / place), "--quiet", "--device", "cpu"]) == 2
+    expected = f"--out: got {folder / place}, which is {said}; add --force, or choose another\n"
+    assert capsys.readouterr().err == f"art-saliency {words[0]}: error: {expected}"
+
+
 def test_a_disk_that_is_full_leaves_the_table_on_the_screen(folder, capsys, monkeypatch):
     def full(path, tensors):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))

@@ -35,6 +35,7 @@ __all__ = [
     "say",
     "shown_and_written",
     "threat_of_run",
+    "vacant",
     "writable",
 ]
 
@@ -169,6 +170,32 @@ def writable(option: str, folder: Path) -> None:
     except OSError as error:
         got = f"{folder}, where nothing can be written ({error.strerror})"
         raise _checks.refuse(option, got, "a folder that can be written to", "choose another") from error
+
+
+def vacant(option: str, target: Path, kind: str, *, force: bool, writes: bool = True) -> Path:
+    """
+    Make sure, before any work, that a file or a folder can be written in its place. It is not made yet.
+
+    :param option: That named it. :param kind: ``"file"``, in a folder that is there; or ``"folder"``, of which an empty one is vacant.
+    :param force: Whether what is there may be replaced; never a file by a folder, or the reverse.
+    :param writes: Whether it is this process that writes it. :return: The place.
+    :raises InputError: When it is taken, or nothing can be written there.
+    """
+    from art_saliency import _checks
+
+    folder = kind == "folder"
+    if target.exists() and target.is_dir() != folder:
+        got = f"{target}, which is a {'file' if folder else 'folder'}"
+        raise _checks.refuse(option, got, f"a {kind}", "choose another, or move it away")
+    if not folder and not target.parent.is_dir():
+        got = f"{target}, in a folder that is not there"
+        raise _checks.refuse(option, got, "a file in a folder that is", f"make {target.parent} first")
+    if target.exists() and not force and (not folder or any(target.iterdir())):
+        got, expected = ("not empty", "a new or empty folder") if folder else ("there already", "a new file")
+        raise _checks.refuse(option, f"{target}, which is {got}", expected, "add --force, or choose another")
+    if writes:
+        writable(option, target if folder else target.parent)
+    return target
 
 
 def page_of_run(folder: str | Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from art_saliency.cli._common import add_run_options, fraction, pick_device, refuse_unused, writable
+from art_saliency.cli._common import add_run_options, fraction, pick_device, refuse_unused, vacant
 from art_saliency.cli._scaling import METHODS, counts, table
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         device=str(pick_device(args.device)),
         seed=args.seed,
     )
-    out = None if args.out is None else _vacant(args.out, force=args.force)
+    out = None if args.out is None else vacant("--out", Path(args.out), "file", force=args.force)
     entries = [Entry(arm.name, arm.trainer, arm.parameters, arm.network) for arm in arms]
     with tqdm(desc="bench", unit="turn", dynamic_ncols=True, disable=args.quiet) as bar:
 
@@ -161,15 +161,3 @@ def _shape(text: str) -> list[int]:
     if len(words) != 3 or not all(word.strip().isdigit() for word in words):
         raise _checks.refuse("--input-shape", repr(text), "C,H,W", "write 3,32,32")
     return [int(word) for word in words]
-
-
-def _vacant(name: str, *, force: bool) -> Path:
-    from art_saliency import _checks
-
-    path = Path(name)
-    if path.is_dir() or (path.exists() and not force):
-        raise _checks.refuse("--out", f"{path}, which is there", "a new file", "choose another or add --force")
-    if not path.parent.is_dir():
-        raise _checks.refuse("--out", f"{path}, in a folder that is not there", "a folder that is", "make it first")
-    writable("--out", path.parent)
-    return path

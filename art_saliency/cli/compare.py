@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from art_saliency.cli._common import add_run_options, check_attackable, fraction, pick_device, say, writable
+from art_saliency.cli._common import add_run_options, check_attackable, fraction, pick_device, say, vacant, writable
 from art_saliency.cli._train_options import GREATEST
 
 _ARMS = (
@@ -64,7 +64,6 @@ def run(args: argparse.Namespace) -> int:
     from art_saliency.data import load_data
     from art_saliency.networks import default_network
     from art_saliency.threat import ThreatModel
-    from art_saliency.trainers.runs import vacant_folder
 
     arms = parse_arms("--arms", args.arms)
     threat = ThreatModel(args.norm, _checks.real("--eps", args.eps, above=0))
@@ -78,9 +77,10 @@ def run(args: argparse.Namespace) -> int:
     images = count if args.images is None else _checks.whole("--images", args.images, least=1, most=count)
     out = Path(args.out)
     resumed = args.resume and has_begun(out)
-    if not resumed:
-        vacant_folder(out, force=args.force)
-    writable("--out", out)
+    if resumed:
+        writable("--out", out)
+    else:
+        vacant("--out", out, "folder", force=args.force)
     budget = Budget(
         data=data,
         spec={"spec": spec_of(args.data), "root": args.data_root, "size": args.size},

@@ -21,6 +21,7 @@ from art_saliency.cli._common import (
     say,
     shown_and_written,
     threat_of_run,
+    vacant,
     writable,
 )
 from art_saliency.cli._side_by_side import compare, table_of_run
@@ -78,9 +79,7 @@ def run(args: argparse.Namespace) -> int:
     folders = _checked(args)
     out = None
     if len(folders) > 1:
-        out = Path(args.out or "comparison")
-        _vacant("--out", out, folder=True, force=args.force)
-        writable("--out", out)
+        out = vacant("--out", Path(args.out or "comparison"), "folder", force=args.force)
     device = pick_device(args.device)
     subjects = opened(args, dict(zip(_names(folders), folders, strict=True)), device)
     measure = partial(_full, named=named_surrogates(args, subjects, device)) if args.full else _short
@@ -113,23 +112,12 @@ def _checked(args: argparse.Namespace) -> list[Path]:
         raise _checks.refuse("DIR", "the same run twice", "different runs")
     for folder in folders:
         _checks.real("--eps", threat_of_run(args, page_of_run(folder)).eps, above=0)
-        _vacant("DIR", folder / ("report" if args.full else "evaluation.json"), folder=args.full, force=args.force)
-        writable("DIR", folder)
+        target, kind = ("report", "folder") if args.full else ("evaluation.json", "file")
+        vacant("DIR", folder / target, kind, force=args.force)
+        writable("DIR", folder)  # a report takes the place of the old one as a whole
     if args.corruptions is not None:
         open_corruption_arrays(args.corruptions)
     return folders
-
-
-def _vacant(option: str, target: Path, *, folder: bool, force: bool) -> None:
-    """Refuse what would be replaced without a word, and what cannot be replaced: a file by a folder, or the reverse."""
-    from art_saliency import _checks
-
-    if target.exists() and target.is_dir() != folder:
-        got, expected = ("file", "folder") if folder else ("folder", "file")
-        raise _checks.refuse(option, f"{target}, which is a {got}", f"a {expected}", "move it away")
-    if target.exists() and not force:
-        what = "a new folder" if folder else "a run without an evaluation"
-        raise _checks.refuse(option, f"{target}, which is there already", what, "add --force")
 
 
 def _names(folders: list[Path]) -> list[str]:
@@ -191,7 +179,7 @@ def _full(args: argparse.Namespace, of: Subject, *, named: Mapping[str, nn.Modul
     verdict = f"Audit: {report.audit.verdict}" + "".join(f"\n  {reason}" for reason in report.audit.reasons)
     target = shown_and_written(
         f"{table_of_run(report.page, of.page['method'])}\n{verdict}",
-        lambda: report.write(of.folder / "report", force=args.force),
+        lambda: report.write(of.folder / "report", force=True),  # it was vacant
     )
     shutil.rmtree(kept, ignore_errors=True)  # it was for an interrupted report
     with contextlib.suppress(OSError):  # where another one is kept beside it

@@ -14,7 +14,7 @@ from art_saliency.cli._common import (
     pick_device,
     say,
     threat_of_run,
-    writable,
+    vacant,
 )
 
 if TYPE_CHECKING:
@@ -68,21 +68,14 @@ def _names_of_maps(text: str) -> list[str]:
     return list(dict.fromkeys(_checks.one_of("--maps", word.strip(), named_maps()) for word in text.split(",")))
 
 
-def _vacant(out: str | None, folder: str, force: bool) -> Path:
+def _target(out: str | None, folder: str, force: bool) -> Path:
     """:return: Where the figure goes, checked before any work is done."""
     from art_saliency import _checks
 
     target = Path(folder) / "explain.png" if out is None else Path(out)
     if target.suffix.lower() != ".png":
         raise _checks.refuse("--out", target, "a file that ends in .png")
-    if not target.parent.is_dir():
-        raise _checks.refuse("--out", target, "a file in a folder that exists", f"make {target.parent} first")
-    if target.is_dir():
-        raise _checks.refuse("--out", f"{target}, which is a folder", "a file")
-    if target.exists() and not force:
-        raise _checks.refuse("--out", f"{target}, which is there already", "a new file", "add --force")
-    writable("--out", target.parent)
-    return target
+    return vacant("--out", target, "file", force=force)
 
 
 def _chosen(data: DataSet, indices: list[int], shape: tuple[int, ...]) -> tuple[list[int], Tensor, Tensor]:
@@ -110,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     _checks.optional("matplotlib", "explain", "Drawing a figure")  # before the work, not after it
     page = page_of_run(args.folder)
     names = _names_of_maps(args.maps)
-    target = _vacant(args.out, args.folder, args.force)
+    target = _target(args.out, args.folder, args.force)
     threat = threat_of_run(args, page)
     device = pick_device(args.device)
     model = load(args.folder, device=device).model

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from art_saliency.cli._common import add_run_options, fraction, pick_device, say, writable
+from art_saliency.cli._common import add_run_options, fraction, pick_device, say, vacant
 
 _METHODS = ("standard", "pgd-at", "adv-gsct")
 
@@ -38,13 +39,11 @@ def run(args: argparse.Namespace) -> int:
     from art_saliency.cli._results import finish
     from art_saliency.data import load_data
     from art_saliency.threat import ThreatModel
-    from art_saliency.trainers.runs import vacant_folder
 
     _checks.real("--eps", args.eps, above=0, most=1)
     _checks.whole("--epochs", args.epochs, least=1)
     device = pick_device(args.device)
-    out = vacant_folder(args.out, force=args.force)
-    writable("--out", out)
+    out = vacant("--out", Path(args.out), "folder", force=args.force)
     data = load_data("digits")
     budget = Budget(
         data=data,

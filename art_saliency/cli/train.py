@@ -8,7 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from art_saliency.cli._common import KEPT, add_run_options, own_device, pick_device, read_settings, say, writable
+from art_saliency.cli._common import (
+    KEPT,
+    add_run_options,
+    own_device,
+    pick_device,
+    read_settings,
+    say,
+    vacant,
+    writable,
+)
 from art_saliency.cli._launch import on_ranks
 from art_saliency.cli._stream import device_augmentation, held_out, training_data, way_to_fit
 from art_saliency.cli._train_options import (
@@ -59,16 +68,18 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def _folder(args: argparse.Namespace) -> Path:
+def _folder(args: argparse.Namespace, *, writes: bool) -> Path:
     """:return: Where the run goes: a vacant folder, or with ``--resume`` one that holds nothing but runs, the last of them not over."""
     from art_saliency import _checks
-    from art_saliency.trainers.runs import MEASURED, vacant_folder
+    from art_saliency.trainers.runs import MEASURED
 
     folder = Path(args.out)
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     # It may have been killed while it wrote its last files.
     begun = KEPT in names and all(name in (*_OWN, *MEASURED) or name.startswith(".") for name in names)
     if begun and args.resume:
+        if writes:
+            writable("--out", folder)
         return folder
     if begun and not args.force:
         raise _checks.refuse(
@@ -77,7 +88,7 @@ def _folder(args: argparse.Namespace) -> Path:
             "a new or empty folder",
             "add --resume to go on with it, or --force to start anew",
         )
-    return vacant_folder(folder, force=args.force)
+    return vacant("--out", folder, "folder", force=args.force, writes=writes)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,9 +111,7 @@ def run(args: argparse.Namespace) -> int:
     _check_words(args)
     augment = device_augmentation(args.augment)
     cadence(args.checkpoint_every)
-    folder = _folder(args)
-    if rank == 0:  # the others write nothing
-        writable("--out", folder)
+    folder = _folder(args, writes=rank == 0)
 
     data = training_data(args)
     network = _network(args, data)
