@@ -33,10 +33,13 @@ def add_parser(commands: Any) -> None:
         "--benchmark", action="store_true", help="run RobustBench's benchmark and compare its number; needs --trust"
     )
     parser.add_argument(
-        "--images", help=".npz with the test images in RobustBench's order (default: it downloads them)"
+        "--images",
+        help="with --benchmark: .npz with the test images in RobustBench's order (default: it downloads them)",
     )
     parser.add_argument(
-        "--data-dir", default="data", help="where RobustBench keeps its data sets (default: %(default)s)"
+        "--data-dir",
+        default="data",
+        help="with --benchmark: where RobustBench keeps its data sets (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="everything that was found, as JSON")
     add_run_options(parser)
