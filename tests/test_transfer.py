@@ -640,6 +640,8 @@ def test_a_run_without_a_recipe_has_no_twin(tmp_path):
     of_a_function = {**asdict_of(page), "parameters": {"eps": 0.1, "attack": {"callable": "mine"}}}
     with pytest.raises(InputError, match=r"^surrogates: got a run whose attack is a function \(mine\)"):
         train_surrogates({**page, "recipe": of_a_function}, data, seed=0, quiet=True)
+    with pytest.raises(InputError, match=r"^method: got 'mine', expected one of this package's"):
+        train_surrogates({**page, "method": "mine", "recipe": asdict_of(page)}, data, seed=0, quiet=True)
     with pytest.raises(InputError, match=r"^epochs: got 0"):
         train_surrogates({**page, "recipe": asdict_of(page)}, data, seed=0, epochs=0, quiet=True)
 

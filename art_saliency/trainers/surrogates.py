@@ -158,8 +158,13 @@ def train_surrogates(
     :param quiet: Whether no progress is shown.
     :return: Networks in eval mode by the names of :data:`art_saliency.evaluation.transfer.SURROGATES`.
     :raises CheckpointError: When the run was saved without a recipe.
+    :raises InputError: When it cannot be repeated: it is by a method or with a function of the user's own.
     """
     recipe, method = Recipe.of(page), page["method"]
+    if method.partition("+")[0] not in TRAINERS:
+        raise _checks.refuse(
+            "method", repr(method), "one of this package's, which can be repeated", "train a twin yourself"
+        )
     passes = recipe.epochs if epochs is None else _checks.whole("epochs", epochs, least=1)
     where = torch.device(device)
     parameters = {
