@@ -4,6 +4,7 @@ The experiments behind the README's and the cards' tables: one JSON a run in ``e
     python examples/benchmark.py run digits                                  every arm and seed that has no file yet
     python examples/benchmark.py run mnist-0.2 --data mnist.npz --seeds 0,1
     python examples/benchmark.py list                                        what there is and what is missing
+    python examples/benchmark.py recount digits                              the passes of every arm's step, counted anew
     python examples/benchmark.py pages                                       tables and figures anew, from the files
 
 A run that stands is left alone unless the grid's settings changed, or the grid asks for an audit of it that it lacks: it is then made
@@ -97,6 +98,31 @@ def show(args: argparse.Namespace) -> int:
     return 0
 
 
+def recount(args: argparse.Namespace) -> int:
+    """Count the passes of every arm's step anew; a file that says otherwise is corrected. Nothing is trained."""
+    from benchmarking.running import file_of, read_data, recounted
+
+    from art_saliency.files import write_file
+
+    grid = GRIDS[args.grid]
+    if not grid.data and args.data is None:
+        raise _checks.refuse("--data", "nothing", f"the file of {grid.title}")
+    data = read_data(grid, args.data)
+    for name in grid.arms:
+        counted = None
+        for seed in range(grid.seeds):
+            page = standing(args.out, args.grid, name, seed)
+            if page is None:
+                continue
+            counted = recounted(args.grid, name, data) if counted is None else counted
+            before, page["cost"]["passes_per_step"] = page["cost"]["passes_per_step"], counted
+            if before != counted:
+                text = json.dumps(page, indent=1).encode()
+                write_file(file_of(args.out, args.grid, name, seed), lambda file, text=text: file.write(text))
+                print(f"{args.grid} {name} seed {seed}: {before:.4f} -> {counted:.4f}", flush=True)
+    return 0
+
+
 def pages(args: argparse.Namespace) -> int:
     """Write tables and figures."""
     from benchmarking.pages import write_all
@@ -132,6 +158,12 @@ def main(argv: list[str] | None = None) -> int:
         "--threads", type=int, default=1, help="of torch; figures depend on it a little (default: %(default)s)"
     )
     command.set_defaults(act=run)
+    command = commands.add_parser(
+        "recount", help="count the passes of a step anew, where how they are counted has changed"
+    )
+    command.add_argument("grid", choices=GRIDS)
+    command.add_argument("--data", help="as for run")
+    command.set_defaults(act=recount)
     commands.add_parser("list", help="what stands and what is missing").set_defaults(act=show)
     commands.add_parser("pages", help="write tables and figures from the files").set_defaults(act=pages)
     for command in commands.choices.values():

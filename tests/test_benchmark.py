@@ -203,6 +203,28 @@ def test_a_run_is_written_left_alone_and_made_anew_when_its_settings_change(tiny
     assert page["data_sha256"]
 
 
+def test_passes_are_counted_anew_in_units_of_the_bare_network_and_nothing_else_of_a_file_changes(
+    tiny, tmp_path, capsys
+):
+    out = ["--out", str(tmp_path)]
+    assert benchmark.main(["run", "digits", "--seeds", "0", *out]) == 0
+    path, other = (running.file_of(tmp_path, "digits", name, 0) for name in ("fsr+pgd-at", "standard"))
+    before, untouched = json.loads(path.read_text()), other.stat().st_mtime_ns
+    assert before["cost"]["passes_per_step"] > 2.5, (
+        "FSR's layer is larger than this network: its PGD-1 step costs more than its own 1.7"
+    )
+    counted = before["cost"].pop("passes_per_step")
+    path.write_text(json.dumps({**before, "cost": {**before["cost"], "passes_per_step": 1.5}}))
+    capsys.readouterr()
+    assert benchmark.main(["recount", "digits", *out]) == 0
+    assert capsys.readouterr().out == f"digits fsr+pgd-at seed 0: 1.5000 -> {counted:.4f}\n"
+    after = json.loads(path.read_text())
+    assert after["cost"].pop("passes_per_step") == counted
+    assert (after, other.stat().st_mtime_ns) == (before, untouched)
+    assert benchmark.main(["recount", "mnist-0.2", *out]) == 2
+    assert "--data: got nothing" in capsys.readouterr().err
+
+
 def _differences(first, second):
     """What two pages differ in beside the time it took."""
     for page in (first, second):
@@ -324,6 +346,9 @@ def test_a_difference_is_taken_seed_by_seed_and_judged_by_two_deviations():
     assert pages._judgement([-v for v in values]) == "a loss"
     assert pages._judgement([5.0, -1.0, 3.0]) == "open"
     assert pages._judgement([5.0, 5.0]) == "too few seeds"
+    # Figures of 100 images: their mean is two deviations, but for the rounding of binary fractions.
+    equal = [x - y for x, y in ((27.0, 28.0), (25.0, 28.0), (100 * 0.27, 100 * 0.29))]
+    assert pages._judgement(equal) == pages._judgement([-value for value in equal]) == "open"
 
 
 def test_the_page_of_audits_names_each_check_that_gave_the_verdict_and_its_figure():

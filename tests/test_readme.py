@@ -22,7 +22,7 @@ def test_the_examples_run_one_after_the_other_and_print_what_they_say(capsys, mo
     code = re.sub(r"(eps=0\.2(?:, autoattack_result=found)?)\)(\nprint|\.to_markdown)", r"\1, progress=False)\2", code)
     exec(compile(code, "README.md", "exec"), {})
     out, err = capsys.readouterr()
-    assert re.search(r"^\d+\.\d% under AutoAttack standard, 95 % interval \(", out)
+    assert re.search(r"^\d+\.\d% under AutoAttack standard, 95 % interval \d+\.\d% to \d+\.\d%", out)
     assert re.search(r"^\*\*Verdict: (too few images to tell; )?(consistent|suspicious|masked)", out, re.MULTILINE)
     assert "AutoAttack:" not in err, "a bar that was to be silenced"
 

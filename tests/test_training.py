@@ -375,6 +375,9 @@ def test_passes_per_step_count_what_a_step_computes(digits):
     assert forward_backward_passes(model, Standard(), batch) == 1
     found = forward_backward_passes(model, PGDAT(eps=0.1, max_iter=5), batch)
     assert found == pytest.approx((plain + 5 * attack_step) / plain)
+    deeper = Deep()
+    deeper.layers.extend(nn.Linear(64, 64) for _ in range(8))
+    assert forward_backward_passes(deeper, Standard(), batch, plain=model) == pytest.approx((2 * plain + 1) / plain)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
 

@@ -221,28 +221,39 @@ def try_arms(arms: Sequence[Arm], budget: Budget) -> None:
     Let every arm take a step of two images, so that what its network, method and options cannot do together is refused before any arm
     is trained.
     """
+    for arm in arms:
+        one_step(arm, budget)
+
+
+def one_step(arm: Arm, budget: Budget, prepare: Callable[[nn.Module, Tensor], object] | None = None) -> Trained:
+    """:return: An arm that has taken a step of two images. :param prepare: As for :func:`train_arm`."""
     data = budget.data
     chosen = (
         data.x_train[:256].flatten(1).amax(1).topk(min(2, len(data.x_train))).indices
     )  # black ones would be refused
     few = replace(data, x_train=data.x_train[chosen], y_train=data.y_train[chosen])
-    for arm in arms:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it is no training
-            train_arm(arm, replace(budget, data=few, epochs=1, quiet=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is no training
+        return train_arm(arm, replace(budget, data=few, epochs=1, quiet=True), prepare=prepare)
 
 
-def cost_of(trainer: ObjectiveTrainer, budget: Budget) -> dict[str, float]:
-    """:return: Median seconds an epoch, and forward-backward passes a step, counted."""
+def cost_of(trained: Trained, budget: Budget) -> dict[str, float]:
+    """:return: Median seconds an epoch, and forward-backward passes a step, counted: passes of the bare network, without any layer put in."""
     from art_saliency.data import to_unit
     from art_saliency.methods.base import Batch
+    from art_saliency.networks import build_network
+    from art_saliency.randomness import global_generators_kept
     from art_saliency.training.cost import forward_backward_passes
 
-    data, device = budget.data, budget.device
+    data, device, trainer = budget.data, budget.device, trained.trainer
+    with global_generators_kept():
+        plain = build_network(**trained.network).to(device)
     batch = Batch(to_unit(data.x_train[:128]).to(device), data.y_train[:128].to(device))
     return {
         "seconds_per_epoch": statistics.median(trainer.history.column("seconds")),
-        "passes_per_step": forward_backward_passes(trainer.get_classifier().model, trainer.objective, batch),
+        "passes_per_step": forward_backward_passes(
+            trainer.get_classifier().model, trainer.objective, batch, plain=plain
+        ),
     }
 
 
@@ -279,7 +290,7 @@ def run_arm(arm: Arm, budget: Budget, out: Path, *, resume: str | None = None) -
     summary = summarise(classifier.model, x, y, threat=budget.threat, seed=budget.seed, progress=not budget.quiet)
     _draw(arm, budget, classifier.model, folder, summary)
     clear(kept)
-    return {**summary.to_json(), **cost_of(trained.trainer, budget)}
+    return {**summary.to_json(), **cost_of(trained, budget)}
 
 
 def _draw(arm: Arm, budget: Budget, model: nn.Module, folder: Path, summary: Summary) -> None:

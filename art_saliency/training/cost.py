@@ -40,7 +40,9 @@ def _operations(model: nn.Module, objective: Objective, batch: Batch) -> int:
     return int(counter.total)
 
 
-def forward_backward_passes(model: nn.Module, objective: Objective, batch: Batch) -> float:
+def forward_backward_passes(
+    model: nn.Module, objective: Objective, batch: Batch, *, plain: nn.Module | None = None
+) -> float:
     """
     The cost of the objective's step in forward-backward passes: 1 is a step of standard training.
 
@@ -48,10 +50,12 @@ def forward_backward_passes(model: nn.Module, objective: Objective, batch: Batch
     weight gradients, counts less than a whole one. The network, its gradients and the random state are left alone.
 
     :param model: The network. :param objective: The method. :param batch: Any batch; its size does not matter.
+    :param plain: The network that standard training is of, without what a method puts into it; ``None`` is `model`, as it is.
     :return: A ratio; PGD-10 adversarial training is about 7.7.
     """
     with global_generators_kept():
-        return step_operations(model, objective, batch) / step_operations(model, Standard(), batch)
+        one = step_operations(model if plain is None else plain, Standard(), batch)
+        return step_operations(model, objective, batch) / one
 
 
 def step_operations(model: nn.Module, objective: Objective, batch: Batch) -> int:

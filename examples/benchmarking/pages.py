@@ -26,8 +26,8 @@ _RELATED = 8  # arms, from which a correlation over them is worth a word
 _HEADER = ("arm", "seeds", "clean %", "PGD-20 %", "AutoAttack %", "transfer %", "consensus", "passes / step", "audit")
 _NOTE = (
     "Mean and standard deviation over seeds; of one seed, the 95 % interval that the number of images leaves. AutoAttack is version "
-    "`standard`; *transfer* is the worst of five transferred attacks from a standard and a PGD-AT network and from both; *consensus* the mean cosine of loss-gradient saliency, clean and under PGD-20, on 100 "
-    "images; a *pass* a forward-backward pass of standard training, counted; the *audit* is seed 0's. `@silu` names an activation, "
+    "`standard`; *transfer* counts the images that withstand all of fifteen transferred attacks, five from a standard network, from a PGD-AT network and from both; *consensus* the mean cosine of loss-gradient saliency, clean and under PGD-20, on 100 "
+    "images; a *pass* a forward-backward pass of standard training of the bare network, counted (what AWP adds is not); the *audit* is seed 0's. `@silu` names an activation, "
     "`:NAME=VALUE` what differs from a method's defaults; adapter is f + R(f), of as many parameters as the FSR layer. "
     "*JPEG-75*: each image was once encoded again as a JPEG of quality 75, in training and test."
 )
@@ -90,8 +90,11 @@ def _judgement(values: Sequence[float]) -> str:
     """A benefit stands when it exceeds two standard deviations over three seeds at least."""
     if len(values) < 3:
         return "too few seeds"
-    mean, deviation = statistics.fmean(values), statistics.stdev(values)
-    return "stands" if mean > 2 * deviation else "a loss" if mean < -2 * deviation else "open"
+    mean, twice = (
+        statistics.fmean(values),
+        2 * statistics.stdev(values) + 1e-9,
+    )  # what equals two deviations does not exceed them
+    return "stands" if mean > twice else "a loss" if mean < -twice else "open"
 
 
 def _signed(values: Sequence[float]) -> str:
@@ -128,7 +131,7 @@ def _section(runs: Runs, grid: str, arms: Sequence[str], pairs: Iterable[tuple[s
     if not set(arms) & set(runs[grid]):
         return []
     settings, count = GRIDS[grid], sum(map(len, runs[grid].values()))
-    shared = f"{settings.epochs} epochs of Adam (one cycle, peak {settings.lr:g}, batches of {settings.batch_size})"
+    shared = f"{settings.epochs} epochs of Adam (one cycle, peak {settings.lr:g}, batches of {settings.batch_size}), {_inner(settings)}"
     audited = f", audit on {settings.audited}" if settings.audited else ""
     command = f"python examples/benchmark.py run {grid}{'' if settings.data else ' --data FILE'}"
     lines = [
@@ -146,6 +149,14 @@ def _section(runs: Runs, grid: str, arms: Sequence[str], pairs: Iterable[tuple[s
             "",
         ]
     return lines
+
+
+def _inner(grid: Grid) -> str:
+    """:return: What is common to the attacks of training."""
+    share, half = grid.parameters.get("eps_warmup_share"), "precision" in grid.options
+    rises = f", radii that rise over the first {share:g} of the run" if share else ""
+    mixed = ", bfloat16 but for methods that differentiate input gradients" if half else ""
+    return f"PGD-{grid.parameters.get('max_iter', 10)} in training{rises}{mixed}"
 
 
 def _of_file(grid: Grid) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from art_saliency import _checks
 from art_saliency._version import __version__
 from art_saliency.attacks import pgd
-from art_saliency.cli._arms import Budget, Trained, cost_of, train_arm
+from art_saliency.cli._arms import Budget, Trained, cost_of, one_step, train_arm
 from art_saliency.data import DataSet, load_data, to_unit
 from art_saliency.evaluation.audit import audit
 from art_saliency.evaluation.autoattack import autoattack
@@ -126,7 +126,7 @@ def run_one(
         "commit": _COMMIT,
         "hardware": {"processor": _processor(), "threads": torch.get_num_threads(), "device": str(budget.device)},
         "history": {key: trained.trainer.history.column(key) for key in trained.trainer.history[-1]},
-        "cost": cost_of(trained.trainer, budget),
+        "cost": cost_of(trained, budget),
         **_judged(
             model,
             trained,
@@ -139,6 +139,12 @@ def run_one(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, lambda file: file.write(json.dumps(page, indent=1).encode()))
     return page
+
+
+def recounted(grid_name: str, name: str, data: DataSet) -> float:
+    """:return: The forward-backward passes of an arm's step, counted after one step: they depend on no weight."""
+    entry, budget = contestant(name, GRIDS[grid_name]), _budget(GRIDS[grid_name], data, seed=0)
+    return cost_of(one_step(entry.arm, budget, entry.prepare), budget)["passes_per_step"]
 
 
 def _budget(grid: Grid, data: DataSet, seed: int, quiet: bool = True) -> Budget:
