@@ -268,6 +268,6 @@ def test_the_command_line_keeps_both_and_says_which_is_which(tmp_path, capsys):
     assert (
         main([*words, "--validation-split", "0", "--selection", "best", "--out", str(tmp_path / "no"), "--quiet"]) == 2
     )
-    assert "selection: got 'best' without validation data" in capsys.readouterr().err
+    assert "--selection: got best without images held out" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
     assert isinstance(load(folder).model, nn.Module)
