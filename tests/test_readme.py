@@ -19,7 +19,9 @@ def test_the_examples_run_one_after_the_other_and_print_what_they_say(capsys, mo
     monkeypatch.setattr("art_saliency.evaluation.audit.AuditBudget", lambda: quick)
     code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
     code = code.replace("nb_epochs=10", "nb_epochs=2, verbose=False").replace("[:100]", "[:16]")
-    code = re.sub(r"(eps=0\.2(?:, autoattack_result=found)?)\)(\n(?:print|low)|\.to_markdown)", r"\1, progress=False)\2", code)
+    code = re.sub(
+        r"(eps=0\.2(?:, autoattack_result=found)?)\)(\n(?:print|low)|\.to_markdown)", r"\1, progress=False)\2", code
+    )
     exec(compile(code, "README.md", "exec"), {})
     out, err = capsys.readouterr()
     assert re.search(r"^\d+\.\d% under AutoAttack standard, 95 % interval \d+\.\d% to \d+\.\d%", out)
