@@ -57,8 +57,6 @@ def run(args: argparse.Namespace) -> int:
     from benchmarking.running import read_data, run_one
 
     grid = GRIDS[args.grid]
-    if not grid.data and args.data is None:
-        raise _checks.refuse("--data", "nothing", f"the file of {grid.title}")
     arms = grid.arms if args.arms is None else tuple(args.arms.split(","))
     for name in arms:
         if name not in grid.arms:
@@ -105,8 +103,6 @@ def recount(args: argparse.Namespace) -> int:
     from art_saliency.files import write_file
 
     grid = GRIDS[args.grid]
-    if not grid.data and args.data is None:
-        raise _checks.refuse("--data", "nothing", f"the file of {grid.title}")
     data = read_data(grid, args.data)
     for name in grid.arms:
         counted = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ from art_saliency.methods.baselines import Standard
 from art_saliency.methods.fsr import (
     AuxiliaryLogits,
     FSRLayer,
+    LayerOptions,
     best_wrong_class,
     capture,
     deterministic,
@@ -43,6 +45,7 @@ from art_saliency.modes import evaluating
 from art_saliency.networks import build_network
 from art_saliency.randomness import RandomSource
 from art_saliency.threat import ThreatModel
+from art_saliency.trainers.fsr import FSRTrainer
 from tests.references import fsr_reference as reference
 
 CLASSES = 5
@@ -1218,3 +1221,14 @@ def test_contexts_nest_and_the_layer_works_under_a_weighted_exit_stack():
         _, gradient = input_gradient_of(network, x, y, losses[-1])
     assert gradient.isfinite().all()
     assert network.body.fsr._gate == "exact"
+
+
+def test_the_layers_defaults_are_the_same_wherever_they_are_written_out():
+    def defaults(of):
+        return {p.name: p.default for p in inspect.signature(of).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+    layer, inserting, training = defaults(FSRLayer), defaults(insert_fsr), defaults(FSRTrainer)
+    assert inserting == {name: value for name, value in layer.items() if name != "tokens"}
+    assert {name: training[name] for name in LayerOptions.__annotations__} == {
+        name: layer[name] for name in LayerOptions.__annotations__
+    }

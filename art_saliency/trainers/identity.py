@@ -89,12 +89,10 @@ def _input(network: ClassifierNetwork) -> dict[str, Any] | None:
         return None
     steps = []
     for step in network.steps:
-        names = step.params or [
-            name for name in vars(step) if not name.startswith("_")
-        ]  # some of ART's name no parameter
-        steps.append(
-            {"name": type(step).__name__, **{n: _word(getattr(step, n, None)) for n in names if n != "verbose"}}
-        )
+        own = [name for name in vars(step) if not name.startswith("_")]
+        names = step.params or own  # some of ART's name no parameter
+        settings = {name: _word(getattr(step, name, None)) for name in names if name != "verbose"}
+        steps.append({"name": type(step).__name__, **settings})
     return {"clip_values": [network.low, network.high], "preprocessing": steps}
 
 
@@ -120,11 +118,14 @@ def _word_lines(network: nn.Module) -> list[str]:
 def _optimizer(optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
     """Its class and its groups' settings; the learning rate is the one that a scheduler starts from."""
     own = scheduler is None or isinstance(scheduler, str)  # else the user's scheduler may have moved them already
+
+    def first_rate(group: dict[str, Any]) -> float:
+        now = group["lr"] if own else optimizer.defaults.get("lr", group["lr"])
+        return float(group.get("initial_lr", now))
+
     groups = [
         {
-            "lr": _word(
-                float(group.get("initial_lr", group["lr"] if own else optimizer.defaults.get("lr", group["lr"])))
-            ),
+            "lr": _word(first_rate(group)),
             "parameters": len(group["params"]),
             **{
                 key: _word(value)

@@ -95,8 +95,7 @@ class Checkpoints:
         self._count, self._unit = cadence(every)
         if self.folder.exists() and not self.folder.is_dir():
             raise _checks.refuse("checkpoint_dir", f"{self.folder}, which is a file", "a folder")
-        numbers = [number for number, _, _ in _files(self.folder)]
-        self._number = max(numbers, default=0)
+        self._number = _last_number(self.folder)
         self._identity: dict[str, Any] = {}
         self._engine: Engine | None = None
         self.rank = launched()[0]
@@ -318,7 +317,7 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         if self.rank == 0:
             self._held.enter_context(_alone(self.folder))
-            if (newest := max((number for number, _, _ in _files(self.folder)), default=0)) != self._number:
+            if (newest := _last_number(self.folder)) != self._number:
                 self._held.close()
                 raise CheckpointError(
                     f"{self.folder}: got checkpoint {newest} of a run that has gone on meanwhile, expected {self._number}, from which "
@@ -406,6 +405,11 @@ def _files(folder: Path) -> list[tuple[int, str, Path]]:
     """The checkpoints of a folder: number, hash, path."""
     names = folder.iterdir() if folder.is_dir() else ()
     return [(int(found[1]), found[2], path) for path in names if (found := _NAME.fullmatch(path.name))]
+
+
+def _last_number(folder: Path) -> int:
+    """:return: Of the newest checkpoint of a folder; 0 where there is none."""
+    return max((number for number, _, _ in _files(folder)), default=0)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

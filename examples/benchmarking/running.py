@@ -43,7 +43,6 @@ _EXPLAINED = 100
 _SHOWN = 8
 _SURROGATES = ("standard", "pgd-at")
 _SURROGATE_SEED = 1000
-_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 def file_of(folder: Path, grid: str, name: str, seed: int) -> Path:
@@ -257,15 +256,20 @@ _KEPT: dict[tuple[str, int], dict[str, nn.Module]] = {}
 
 def read_data(grid: Grid, given: str | None, root: str | None = None) -> DataSet:
     """:return: The grid's own data, or the file that is given. :raises InputError: When that is of anything else."""
+    if not (given or grid.data):
+        raise _checks.refuse("--data", "nothing", f"the file of {grid.title}")
     data = load_data(given or grid.data, root=root)
     expected = f"the images and labels of {grid.title} ({grid.data_sha256[:12]}...)"
     if grid.of_file is not None:
         train, test = grid.of_file
         expected = f"a file of which the first {train} training and {test} test images are {expected}"
-        first = {
-            name: getattr(data, name)[:count] for name, count in zip(_ARRAYS, (train, train, test, test), strict=True)
-        }
-        data = replace(data, **first)
+        data = replace(
+            data,
+            x_train=data.x_train[:train],
+            y_train=data.y_train[:train],
+            x_test=data.x_test[:test],
+            y_test=data.y_test[:test],
+        )
     if (found := data.fingerprint()) != grid.data_sha256:
         got = f"{given or grid.data}, whose fingerprint is {found[:12]}..."
         raise _checks.refuse("--data", got, expected)
