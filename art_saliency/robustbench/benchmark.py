@@ -48,8 +48,9 @@ def compared(seen: dict[str, Any], report: dict[str, Any]) -> tuple[dict[str, An
     """
     RobustBench's numbers against the stated ones.
 
-    Exactly, when the evaluation was made with RobustBench's batch size; else within what :func:`_allowed` says. (Bits depend on the machine too: on another one an image at the boundary may
-    fall to the other side, and the evaluation has to be repeated there.)
+    Exactly, when the evaluation was made with RobustBench's batch size; else within what :func:`_allowed` says. (Bits depend on
+    the machine too: on another one an image at the boundary may fall to the other side, and the evaluation has to be repeated
+    there.)
 
     :param seen: What :func:`art_saliency.robustbench.fresh.answer` found. :param report: The bundle's ``evaluation.json``, without problems.
     :return: Both, side by side, and what does not agree.
