@@ -351,6 +351,20 @@ def test_a_difference_is_taken_seed_by_seed_and_judged_by_two_deviations():
     assert pages._judgement(equal) == pages._judgement([-value for value in equal]) == "open"
 
 
+def test_what_autoattack_itself_doubted_stands_below_the_table():
+    def run(*warnings):
+        return {"autoattack_details": {"warnings": list(warnings)}}
+
+    found = {"a": [run("lost 1.00%. Try more"), run(), run("lost 12.00%. Try more")], "b": [run()], "c": [run("zeros")]}
+    assert pages._warnings(found) == [
+        'AutoAttack itself warned, "lost ...%. Try more", of seeds: `a` 2 of 3 (1.00%, 12.00%).',
+        "",
+        'AutoAttack itself warned, "zeros", of seeds: `c` 1 of 1.',
+        "",
+    ]
+    assert pages._warnings({"b": [run()]}) == []
+
+
 def test_the_page_of_audits_names_each_check_that_gave_the_verdict_and_its_figure():
     checks = [
         {"name": "a check", "status": "pass", "figure": "one"},

@@ -22,6 +22,7 @@ Runs = dict[str, dict[str, list[dict[str, Any]]]]
 _BEGIN, _END = "<!-- results -->", "<!-- end of results -->"
 _PLACE = re.compile(f"{_BEGIN}(.*?){_END}", re.DOTALL)
 _CARDS = ("adv-gsct", "j-sigr", "aalp", "fsr")
+_PERCENT = re.compile(r"\d+(?:\.\d+)?%")
 _RELATED = 8  # arms, from which a correlation over them is worth a word
 _HEADER = ("arm", "seeds", "clean %", "PGD-20 %", "AutoAttack %", "transfer %", "consensus", "passes / step", "audit")
 _NOTE = (
@@ -140,6 +141,7 @@ def _section(runs: Runs, grid: str, arms: Sequence[str], pairs: Iterable[tuple[s
         "",
         _table(runs, grid, arms),
         "",
+        *_warnings({arm: runs[grid][arm] for arm in arms if arm in runs[grid]}),
     ]
     if table := _differences(runs, grid, pairs):
         lines += [
@@ -148,6 +150,24 @@ def _section(runs: Runs, grid: str, arms: Sequence[str], pairs: Iterable[tuple[s
             table,
             "",
         ]
+    return lines
+
+
+def _warnings(found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """What AutoAttack itself doubted: each of its warnings once, with the arms, their seeds and the figures in it."""
+    doubted: dict[str, dict[str, list[str]]] = {}
+    for arm, those in found.items():
+        for run in those:
+            for warning in run["autoattack_details"]["warnings"]:
+                figures, words = _PERCENT.findall(warning), _PERCENT.sub("...%", warning)
+                doubted.setdefault(words, {}).setdefault(arm, []).append(" ".join(figures))
+    lines: list[str] = []
+    for words, arms in doubted.items():
+        told = [
+            f"`{arm}` {len(figures)} of {len(found[arm])}" + (f" ({', '.join(figures)})" if any(figures) else "")
+            for arm, figures in arms.items()
+        ]
+        lines += [f'AutoAttack itself warned, "{words}", of seeds: {"; ".join(told)}.', ""]
     return lines
 
 
