@@ -17,6 +17,7 @@ from torch import Tensor
 from art_saliency.errors import InputError, MissingDependencyError, UnknownOptionError
 
 _T = TypeVar("_T")
+_GREATEST_SEED = 2**63 - 1
 _CHUNK = 1 << 22  # elements looked at in one go, so that checking a large array takes little memory
 
 
@@ -75,6 +76,11 @@ def whole(name: str, value: Any, *, least: int = 0, most: int | None = None, rem
     if not integral or value < least or (most is not None and value > most):
         raise refuse(name, repr(value), f"a whole number, {_bounds(name, least, None, most, None)}", remedy)
     return int(value)
+
+
+def seed(value: Any, name: str = "seed") -> int:
+    """Check where random numbers start: 0 to 2**63 - 1, which every generator in use takes. :return: It, as an int."""
+    return whole(name, value, most=_GREATEST_SEED)
 
 
 def flag(name: str, value: Any) -> bool:

@@ -99,6 +99,19 @@ def test_whole_and_flag_take_numpys_own_types_and_give_pythons():
     assert _checks.flag("f", False) is False
 
 
+@pytest.mark.parametrize("value", [-1, 2**63, 2**64, 1.0, "0", None, True])
+def test_seed_refuses_what_some_generator_would(value):
+    with pytest.raises(InputError, match=rf"^--seed: got {value!r}, expected a whole number, 0 <= --seed <= 9"):
+        _checks.seed(value, "--seed")
+
+
+def test_seed_gives_pythons_own_whole_number_and_its_greatest_starts_every_generator():
+    assert type(_checks.seed(np.int64(3))) is int
+    greatest = _checks.seed(2**63 - 1)
+    torch.Generator().manual_seed(greatest)
+    np.random.default_rng([greatest])
+
+
 @pytest.mark.parametrize("value", [1, 0, "yes", None, np.array([True])])
 def test_flag_refuses_what_merely_looks_true(value):
     refused(f"f: got {value!r}, expected True or False", _checks.flag, "f", value)
