@@ -61,7 +61,7 @@ def image_folder_loader(
         shuffle=train,
         drop_last=train and batches_in(len(images), batch_size) * batch_size < len(images),
         num_workers=_checks.whole("num_workers", num_workers),
-        seed=_checks.whole("seed", seed),
+        seed=_checks.seed(seed),
     )
 
 

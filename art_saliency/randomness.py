@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from art_saliency import _checks
+
 __all__ = [
     "RandomSource",
     "global_generators_kept",
@@ -26,7 +28,7 @@ class RandomSource:
     With several ranks every rank draws for the whole global batch and keeps its own rows: two ranks then use the very
     numbers of one process with the whole batch.
 
-    :param seed: Where the sequence starts.
+    :param seed: Where the sequence starts, 0 to 2**63 - 1.
     :param device: Where the numbers are drawn.
     :param rank: This process, from 0.
     :param world_size: How many processes share the batch.
@@ -34,10 +36,10 @@ class RandomSource:
     """
 
     def __init__(self, seed: int, device: torch.device | str = "cpu", *, rank: int = 0, world_size: int = 1) -> None:
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.seed, self.rank, self.world_size = _checks.seed(seed), rank, world_size
         self.rows: int | None = None
         self.device = torch.device(device)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.generator = torch.Generator(self.device).manual_seed(self.seed)
 
     def uniform(self, like: Tensor) -> Tensor:
         """:return: Numbers in [0, 1) of the shape and dtype of `like`, whose first axis is the (rank's share of the) batch."""

@@ -168,7 +168,7 @@ class StreamedSet:
             shuffle=True,
             drop_last=batches_in(len(places), batch_size, world_size) * batch_size < len(places),
             num_workers=_checks.whole("num_workers", num_workers),
-            seed=_checks.whole("seed", seed),
+            seed=_checks.seed(seed),
         )
 
 

@@ -21,10 +21,15 @@ from art_saliency.data import load_data
 from art_saliency.errors import CheckpointError, InputError, UnsupportedModelError
 from art_saliency.evaluation import report as module
 from art_saliency.evaluation._report_page import Subject
-from art_saliency.evaluation.audit import AuditBudget
+from art_saliency.evaluation.accuracy import pgd_accuracy
+from art_saliency.evaluation.audit import AuditBudget, audit
+from art_saliency.evaluation.autoattack import autoattack
+from art_saliency.evaluation.corruptions import corruption_accuracy
 from art_saliency.evaluation.figures_report import distance_surface, loss_surface, loss_surface_figure
 from art_saliency.evaluation.report import STEPS, full_report
 from art_saliency.evaluation.report_text import markdown
+from art_saliency.evaluation.saliency import saliency_report
+from art_saliency.evaluation.transfer import transfer
 from art_saliency.networks import build_network
 from art_saliency.threat import ThreatModel
 from tests.helpers import plainly_trained, spell, write_few_digits
@@ -47,6 +52,52 @@ def report(network):
         model, x, y, eps=0.05, name="net", data_name="digits", budget=QUICK, audit_images=20, saliency_images=8,
         surrogates={"twin": twin}, progress=False,
     )  # fmt: skip
+
+
+LEAST = AuditBudget(max_iter=1, restarts=1, long=1, noise_draws=1, square_queries=1, repeats=1, eot=1)
+LINF = ThreatModel("Linf", 0.05)
+
+MEASURES = {
+    "PGD": lambda of, **how: pgd_accuracy(*of, threat=LINF, max_iter=1, **how),
+    "AutoAttack": lambda of, **how: autoattack(
+        *of, eps=0.05, version="custom", attacks=["square"], square_queries=np.int64(2), progress=False, **how
+    ).to_json(),
+    "audit": lambda of, **how: audit(*of, eps=0.05, budget=LEAST, progress=False, **how).to_json(),
+    "transfer": lambda of, **how: transfer(
+        *of, surrogates={"itself": of[0]}, threat=LINF, max_iter=np.int64(1), **how
+    ).to_json(),
+    "corruptions": lambda of, **how: corruption_accuracy(
+        *of, corruptions=["shot_noise"], severities=np.array([1]), **how
+    ).to_json(),
+    "saliency": lambda of, **how: saliency_report(
+        *of, of[1], saliency_map="smoothgrad", steps=1, samples=np.int64(1), stages=np.int64(1), **how
+    ).to_json(),
+}
+"""The parts of a report that draw random numbers, each alone."""
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_numpys_whole_numbers_are_pythons_and_a_seed_that_starts_no_generator_is_refused(network, name):
+    of = (network[0], network[1][:3], network[2][:3])
+    pages = [MEASURES[name](of, seed=kind(2), batch_size=kind(2)) for kind in (int, np.int64)]
+    plain, numpys = (re.sub(r'"seconds": [^,}]*', "", json.dumps(page)) for page in pages)
+    assert plain == numpys
+    for seed in (-1, 2**64, 1.0, "0", None):
+        with pytest.raises(InputError, match=rf"^seed: got {seed!r}, expected a whole number"):
+            MEASURES[name](of, seed=seed)
+
+
+def test_a_report_and_an_audits_budget_take_numpys_whole_numbers(network):
+    assert type(AuditBudget(square_queries=np.int64(5)).square_queries) is int
+    with pytest.raises(InputError, match=r"^long: got 0, expected a whole number, 1 <= long"):
+        AuditBudget(long=0)
+    found = full_report(
+        network[0], network[1][:3], network[2][:3], eps=0.05, budget=LEAST, saliency_images=1, version="rand",
+        corrupt=False, batch_size=np.int64(3), seed=np.int64(0), progress=False,
+    )  # fmt: skip
+    assert json.loads(json.dumps(found.page))["seed"] == 0
+    with pytest.raises(InputError, match=r"^seed: got -1"):
+        full_report(*network, eps=0.05, seed=-1)
 
 
 def rows_of(value, path=""):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
+from art_saliency import _checks
 from art_saliency.attacks import AttackLoss, fgsm, pgd
 from art_saliency.errors import UnsupportedModelError
 from art_saliency.evaluation._audit_copies import Averaged
@@ -25,7 +26,7 @@ Attack = Callable[[Tensor, Tensor], Tensor]
 @dataclass(frozen=True)
 class AuditBudget:
     """
-    How hard an audit tries.
+    How hard an audit tries: whole numbers of at least 1.
 
     :param max_iter: Steps of the gradient attacks. :param restarts: Of the two strongest ones.
     :param long: How many times as many steps the long attack has.
@@ -41,6 +42,10 @@ class AuditBudget:
     square_queries: int = 1000
     repeats: int = 10
     eot: int = 16
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, _checks.whole(name, value, least=1))
 
 
 class Laboratory:

@@ -25,8 +25,8 @@ def binomial_interval(successes: int, count: int, *, z: float = 1.96) -> tuple[f
     :param z: 1.96 for 95 %.
     :return: Its ends, 0 to 1.
     """
-    _checks.whole("count", count, least=1)
-    _checks.whole("successes", successes, most=count)
+    count = _checks.whole("count", count, least=1)
+    successes = _checks.whole("successes", successes, most=count)
     share = successes / count
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))

@@ -130,8 +130,8 @@ def audit(
     :raises MissingDependencyError: When no distribution of AutoAttack is installed: Square is its authors'.
     """
     threat = ThreatModel(norm, _checks.real("eps", eps, above=0))
-    _checks.whole("batch_size", batch_size, least=1)
-    _checks.whole("seed", seed)
+    batch_size = _checks.whole("batch_size", batch_size, least=1)
+    seed = _checks.seed(seed)
     budget, began = budget or AuditBudget(), time.perf_counter()
     images, labels = placed(model, x, y)
     refuse_double(images)

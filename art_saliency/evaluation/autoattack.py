@@ -159,9 +159,9 @@ def autoattack(
     """
     threat = ThreatModel(norm, _checks.real("eps", eps, above=0))
     _checks.one_of("version", version, [*VERSIONS, "custom"])
-    _checks.whole("square_queries", square_queries, least=1)
-    _checks.whole("batch_size", batch_size, least=1)
-    _checks.whole("seed", seed)
+    square_queries = _checks.whole("square_queries", square_queries, least=1)
+    batch_size = _checks.whole("batch_size", batch_size, least=1)
+    seed = _checks.seed(seed)
     a_network(model)
     backend, messages, began = find_backend(), Messages(), time.perf_counter()
     with process_kept(model, backend.counter):

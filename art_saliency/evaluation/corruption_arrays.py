@@ -134,7 +134,7 @@ def array_corruption_accuracy(
     :return: The result; clean accuracy is not known from such a folder.
     """
     chosen = severities_among(severities)
-    _checks.whole("batch_size", batch_size, least=1)
+    batch_size = _checks.whole("batch_size", batch_size, least=1)
     arrays = open_corruption_arrays(folder, corruptions)
     most = len(arrays.labels)
     rows = most if count is None else _checks.whole("count", count, least=1, most=most)

@@ -163,9 +163,8 @@ def corrupt(x: Tensor, name: str, severity: int, *, seed: int = 0, first: int = 
     :return: (N, C, H, W) in [0, 1], float, on the device of `x`.
     """
     kind = CORRUPTIONS[_checks.one_of("corruption", name, CORRUPTIONS)]
-    _checks.whole("severity", severity, most=len(SEVERITIES))
-    _checks.whole("seed", seed)
-    _checks.whole("first", first)
+    severity = _checks.whole("severity", severity, most=len(SEVERITIES))
+    seed, first = _checks.seed(seed), _checks.whole("first", first)
     images = to_unit(_checks.images(x, allow_uint8=True))
     _check_channels(images.shape[1], [name])
     if severity == 0:
@@ -279,8 +278,8 @@ def corruption_accuracy(
     names = suited if corruptions is None else names_among("corruptions", corruptions, CORRUPTIONS)
     _check_channels(channels, names)
     chosen = severities_among(severities)
-    _checks.whole("batch_size", batch_size, least=1)
-    _checks.whole("seed", seed)
+    batch_size = _checks.whole("batch_size", batch_size, least=1)
+    seed = _checks.seed(seed)
     clean = round(accuracy(model, images, y, batch_size=batch_size) * count)
     correct = {name: dict.fromkeys(chosen, 0) for name in names}
     with tqdm(

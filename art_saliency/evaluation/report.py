@@ -123,6 +123,7 @@ def full_report(
     threat = ThreatModel(norm, _checks.real("eps", eps, above=0))
     some = slice(0, _checks.whole("audit_images", audit_images, least=1))
     few = slice(0, _checks.whole("saliency_images", saliency_images, least=1))
+    batch_size, seed = _checks.whole("batch_size", batch_size, least=1), _checks.seed(seed)
     of = Subject(model, *placed(model, x, y), threat, batch_size, seed, progress)
     refuse_double(of.x)
     check_radius(threat, of.x)

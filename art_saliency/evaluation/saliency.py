@@ -231,16 +231,17 @@ def saliency_report(
         "radius": _checks.real("radius", radius, above=0, most=1),
         "samples": _checks.whole("samples", samples, least=1),
         "stages": stages if stages is None else _checks.whole("stages", stages, least=1),
-        "seed": _checks.whole("seed", seed),
+        "seed": _checks.seed(seed),
         "batch_size": _checks.whole("batch_size", batch_size, least=1),
     }
-    known = named_maps(seed)
+    known = named_maps(settings["seed"])
     explain = saliency_map if callable(saliency_map) else known[_checks.one_of("saliency_map", saliency_map, known)]
     name = saliency_map if isinstance(saliency_map, str) else getattr(explain, "__name__", type(explain).__name__)
     x, y, x_adv = _prepared(model, x, y, x_adv)
+    rows: int = settings["batch_size"]
     parts = [
         _measure(model, *chunk, explain, settings)
-        for chunk in zip(x.split(batch_size), y.split(batch_size), x_adv.split(batch_size), strict=True)
+        for chunk in zip(x.split(rows), y.split(rows), x_adv.split(rows), strict=True)
     ]
     values = {metric: torch.cat([part[0][metric] for part in parts]).cpu() for metric in METRICS}
     similarity = torch.cat([part[1].similarity for part in parts], dim=1).cpu()

@@ -135,7 +135,7 @@ def smoothgrad(
     attr = _checks.optional("captum.attr", "explain", _PURPOSE)
     count = _checks.whole("samples", samples, least=1)
     deviation = _checks.real("noise", noise, above=0)
-    _checks.whole("seed", seed)
+    seed = _checks.seed(seed)
     tunnel = attr.NoiseTunnel(attr.Saliency(model))
     maps = []
     with _explained(model), randomness_kept():

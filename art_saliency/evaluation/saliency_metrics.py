@@ -149,7 +149,7 @@ def edge_alignment(maps: Tensor, x: Tensor) -> Tensor:
 
 def _auc(model: nn.Module, start: Tensor, end: Tensor, y: Tensor, maps: Tensor, steps: int) -> Tensor:
     """:return: (N,) mean probability of `y` on the way from `start` to `end`, the most important pixels first."""
-    _checks.whole("steps", steps, least=1)
+    steps = _checks.whole("steps", steps, least=1)
     shares, curve = [], []
     with evaluating(model), torch.no_grad():
         for step in range(steps + 1):
@@ -233,9 +233,9 @@ def max_sensitivity(
     """
     metrics = _checks.optional("captum.metrics", "explain", "The sensitivity of a saliency map")
     _checks.real("radius", radius, above=0, most=1)
-    _checks.whole("samples", samples, least=1)
-    _checks.whole("batch_size", batch_size, least=1)
-    random = RandomSource(_checks.whole("seed", seed), x.device)
+    samples = _checks.whole("samples", samples, least=1)
+    batch_size = _checks.whole("batch_size", batch_size, least=1)
+    random = RandomSource(seed, x.device)
     moves = radius * (2 * random.uniform(x[:1].expand(samples, *x.shape[1:])) - 1)
 
     def moved(images: Tensor) -> Tensor:  # Captum hands over every image `samples` times in a row

@@ -84,7 +84,7 @@ def model_randomisation(
     :param seed: Of the new parameters.
     :return: The similarities. The other parameters are those of :func:`max_sensitivity`.
     """
-    _checks.whole("seed", seed)
+    seed = _checks.seed(seed)
     original = saliency_map(model, x, y)
     with randomness_kept():
         forgetful = copy.deepcopy(model).eval()

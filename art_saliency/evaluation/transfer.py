@@ -178,9 +178,9 @@ def transfer(
     """
     began = time.perf_counter()
     names = _attack_names(attacks)
-    _checks.whole("batch_size", batch_size, least=1)
-    _checks.whole("seed", seed)
-    _checks.whole("max_iter", max_iter)
+    batch_size = _checks.whole("batch_size", batch_size, least=1)
+    seed = _checks.seed(seed)
+    max_iter = _checks.whole("max_iter", max_iter)
     a_threat_model(threat)
     step = 2.5 * threat.eps / max(max_iter, 1) if eps_step is None else _checks.real("eps_step", eps_step, least=0)
     images, targets = checked(model, x, y)
@@ -313,7 +313,7 @@ def surrogates_for(
     :param own_seed: The network's own, which no copy takes.
     :return: Networks by the names of :data:`SURROGATES`.
     """
-    _checks.whole("seed", seed)
+    seed = _checks.seed(seed)
     free = [number for number in range(seed, seed + len(SURROGATES) + 1) if number != own_seed]
     methods = ("standard", "pgd-at", method)
     return {name: train_copy(*pair) for name, pair in zip(SURROGATES, zip(methods, free, strict=False), strict=True)}

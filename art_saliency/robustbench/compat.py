@@ -54,7 +54,7 @@ def seeded(seed: int) -> Iterator[None]:
 
     :param seed: Of every inner attack of every AutoAttack that ``benchmark`` makes inside the context.
     """
-    _checks.whole("seed", seed)
+    seed = _checks.seed(seed)
     import_robustbench()
     evaluation = sys.modules["robustbench.eval"]
     attack = evaluation.AutoAttack
