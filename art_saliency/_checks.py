@@ -217,6 +217,21 @@ def images(
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
+def bytes_of_pixels(name: str, images: _T, *, remedy: str = "convert it to float") -> _T:
+    """
+    Refuse a whole set of uint8 images that hold 0 and 1 alone: divided by 255, as bytes are, they would be black.
+
+    Not for a batch, which may be black in a set that is none of these.
+
+    :param images: (N, C, H, W), of any type: a tensor, or what is indexed like one. :param remedy: What to do. :return: It.
+    """
+    some: Any = images
+    if some.dtype == torch.uint8 and all(int(some[i : i + 256].max()) <= 1 for i in range(0, len(some), 256)):
+        expected = "uint8 from 0 to 255"
+        raise refuse(name, "uint8 of 0 and 1 alone", expected, f"it would be divided by 255: {remedy}")
+    return images
+
+
 def labels(y: Any, count: int, num_classes: int, *, name: str = "y", soft: bool = True) -> Tensor:
     """
     Check labels: indices (N,), one-hot or soft rows (N, K).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import warnings
@@ -433,3 +434,12 @@ def test_every_refusal_is_a_value_error_too():
     assert issubclass(UnknownOptionError, TypeError)
     assert re.fullmatch(r"a: got b, expected c; d", str(_checks.refuse("a", "b", "c", "d")))
     assert str(_checks.refuse("a", "b", "c")) == "a: got b, expected c"
+
+
+@pytest.mark.parametrize(("pixel", "legit"), [(2, True), (1, False), (0, False)])
+def test_one_pixel_above_1_anywhere_in_the_set_makes_bytes_of_pixels(pixel, legit):
+    images = torch.zeros(300, 1, 2, 2, dtype=torch.uint8)
+    images[299, 0, 1, 1] = pixel
+    with contextlib.nullcontext() if legit else pytest.raises(InputError, match="x: got uint8 of 0 and 1 alone"):
+        assert _checks.bytes_of_pixels("x", images) is images
+    assert _checks.bytes_of_pixels("x", images.float()).dtype == torch.float32

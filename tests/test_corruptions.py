@@ -363,10 +363,18 @@ def test_arrays_of_colour_and_any_size(tmp_path):
     assert arrays.labels.tolist() == [2, 0, 1]
 
 
+def test_a_file_of_0_and_1_alone_is_named(tmp_path):
+    np.save(tmp_path / "fog.npy", np.ones((10, 4, 4, 3), np.uint8))
+    np.save(tmp_path / "labels.npy", np.zeros(10, np.int64))
+    with pytest.raises(InputError, match=r"fog\.npy: got uint8 of 0 and 1 alone, .* multiply it by 255$"):
+        open_corruption_arrays(tmp_path)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
 def test_a_file_is_not_read_into_memory(tmp_path):
     """All blocks of a gigabyte are there to be read, and a fresh process grows by little."""
-    np.lib.format.open_memmap(tmp_path / "big.npy", mode="w+", dtype=np.uint8, shape=(350_000, 32, 32, 3))  # sparse
+    array = np.lib.format.open_memmap(tmp_path / "big.npy", mode="w+", dtype=np.uint8, shape=(350_000, 32, 32, 3))
+    array[::70_000, 0, 0, 0] = 255  # sparse, but pixels all the same
     np.save(tmp_path / "labels.npy", np.zeros(70_000, np.uint8))
     code = f"""
 import resource, torch

@@ -135,6 +135,7 @@ WRONG = {
     "a folder": (["--index", "0", "--out", "folder.png"], "folder.png, which is a folder"),
     "data": (["--index", "0", "--data", "nowhere.npz"], "nowhere.npz"),
     "other shape": (["--index", "0", "--data", "wide.npz"], "images of shape (1, 9, 9), expected (1, 8, 8)"),
+    "bits": (["--index", "0", "--data", "bits.npz"], "x_test: got uint8 of 0 and 1 alone"),
     "other classes": (["--index", "0", "--data", "many.npz"], "labels from 11 to 11, expected labels from 0 to 9"),
 }
 
@@ -143,8 +144,10 @@ WRONG = {
 def test_a_wrong_word_is_explained_in_one_sentence_and_leaves_nothing(kind, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
-    for name, size, label in (("wide.npz", 9, 1), ("many.npz", 8, 11)):
-        x, y = np.zeros((12, 1, size, size), np.float32), np.full(12, label)
+    for name, size, label, kind_of_pixel in (
+        ("wide.npz", 9, 1, np.float32), ("many.npz", 8, 11, np.float32), ("bits.npz", 8, 1, np.uint8)
+    ):  # fmt: skip
+        x, y = np.zeros((12, 1, size, size), kind_of_pixel), np.full(12, label)
         y[1:] = np.arange(11)
         np.savez(tmp_path / name, x_train=x, y_train=y, x_test=x, y_test=y)
     before = sorted(tmp_path.rglob("*"))

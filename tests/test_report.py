@@ -29,6 +29,7 @@ from art_saliency.evaluation.figures_report import distance_surface, loss_surfac
 from art_saliency.evaluation.report import STEPS, full_report
 from art_saliency.evaluation.report_text import markdown
 from art_saliency.evaluation.saliency import saliency_report
+from art_saliency.evaluation.summary import summarise
 from art_saliency.evaluation.transfer import transfer
 from art_saliency.networks import build_network
 from art_saliency.threat import ThreatModel
@@ -85,6 +86,13 @@ def test_numpys_whole_numbers_are_pythons_and_a_seed_that_starts_no_generator_is
     for seed in (-1, 2**64, 1.0, "0", None):
         with pytest.raises(InputError, match=rf"^seed: got {seed!r}, expected a whole number"):
             MEASURES[name](of, seed=seed)
+
+
+@pytest.mark.parametrize("name", [*MEASURES, "summary"])
+def test_bytes_of_0_and_1_alone_would_be_black_and_are_refused(network, name):
+    measure = {**MEASURES, "summary": lambda of: summarise(*of, threat=LINF)}[name]
+    with pytest.raises(InputError, match=r"^x: got uint8 of 0 and 1 alone, .*: convert it to float$"):
+        measure((network[0], (network[1][:3] > 0.5).byte(), network[2][:3]))
 
 
 def test_a_report_and_an_audits_budget_take_numpys_whole_numbers(network):

@@ -88,7 +88,7 @@ def _chosen(data: DataSet, indices: list[int], shape: tuple[int, ...]) -> tuple[
     order = list(dict.fromkeys(_checks.whole("--index", i, most=len(data.x_test) - 1) for i in indices))
     if len(order) > _MOST:
         raise _checks.refuse("--index", f"{len(order)} images", f"at most {_MOST}", "draw several figures")
-    return order, _checks.images(to_unit(data.x_test[order])), data.y_test[order]
+    return order, _checks.images(to_unit(_checks.bytes_of_pixels("x_test", data.x_test)[order])), data.y_test[order]
 
 
 def run(args: argparse.Namespace) -> int:

@@ -45,9 +45,10 @@ def checked(model: nn.Module, x: Any, y: Any) -> tuple[Tensor, Tensor]:
 
     :param x: (N, C, H, W) in [0, 1], or uint8. :param y: (N,), or one-hot rows.
     :return: The images as they are, and the labels as (N,) int64.
+    :raises InputError: When they do not fit, or are bytes of 0 and 1 alone.
     :raises UnsupportedModelError: When the network's weights are of half precision; under autocast float32 ones stay.
     """
-    x = _checks.images(x, allow_uint8=True)
+    x = _checks.bytes_of_pixels("x", _checks.images(x, allow_uint8=True))
     home = home_of(model, x)
     refuse_half(home)
     first = pixels(x[:1], home)

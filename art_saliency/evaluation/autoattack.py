@@ -166,7 +166,7 @@ def autoattack(
     backend, messages, began = find_backend(), Messages(), time.perf_counter()
     with process_kept(model, backend.counter):
         # On the CPU, from where AutoAttack moves batches, and contiguous: it takes views.
-        images = to_unit(_checks.images(x, allow_uint8=True).cpu()).float().contiguous()
+        images = to_unit(_checks.bytes_of_pixels("x", _checks.images(x, allow_uint8=True)).cpu()).float().contiguous()
         refuse_double(home_of(model, images))
         refuse_half(home_of(model, images))
         home = _home(model, device)

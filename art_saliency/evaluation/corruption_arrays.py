@@ -74,6 +74,8 @@ def open_corruption_arrays(
         if shape != sizes[names[0]]:
             expected = f"{sizes[names[0]]} (N, C, H, W) as {names[0]}.npy"
             raise _checks.refuse(f"{path / name}.npy", f"images of shape {shape}", expected)
+    for name, array in images.items():
+        _checks.bytes_of_pixels(f"{path / name}.npy", array, remedy="multiply it by 255")
     total = sizes[names[0]][0]
     return CorruptionArrays(path.resolve().name, images, _labels(path / f"{_LABELS}.npy", total // len(SEVERITIES)))
 

@@ -192,7 +192,7 @@ def _prepared(model: nn.Module, x: Any, y: Any, x_adv: Any) -> tuple[Tensor, Ten
     x_adv = _checks.images(x_adv, name="x_adv", shape=tuple(x.shape[1:]), allow_uint8=True)
     if len(x_adv) != len(x):
         raise _checks.refuse("x_adv", f"{len(x_adv)} images", f"{len(x)}, one for each of x")
-    return x, y, pixels(x_adv, x)
+    return x, y, pixels(_checks.bytes_of_pixels("x_adv", x_adv), x)
 
 
 def saliency_report(

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from art_saliency import _checks
 from art_saliency.data import to_unit
 from art_saliency.evaluation.accuracy import accuracy, binomial_interval, pgd_accuracy
 from art_saliency.evaluation.autoattack import AutoAttackResult, autoattack
@@ -63,7 +64,7 @@ def summarise(
     :param version: Of AutoAttack. :param progress: Whether its bar is shown.
     :return: The three figures.
     """
-    images = to_unit(x)
+    images = to_unit(_checks.bytes_of_pixels("x", x))
     return Summary(
         clean=accuracy(model, images, y),
         pgd20=pgd_accuracy(model, images, y, threat=threat, max_iter=20, seed=seed),

@@ -298,15 +298,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         images = _checks.images(
             x, name=name, low=low, high=high, shape=tuple(self._classifier.input_shape), allow_uint8=whole_bytes
         )
-        if (
-            images.dtype == torch.uint8
-            and high == 1
-            and all(int(piece.max()) <= 1 for piece in torch.split(images, 256))
-        ):
-            raise _checks.refuse(
-                name, "uint8 of 0 and 1 alone", "uint8 from 0 to 255", "it would be divided by 255: convert it to float"
-            )
-        return images, (low, high)
+        return images if high != 1 else _checks.bytes_of_pixels(name, images), (low, high)
 
     def _maps(
         self,
