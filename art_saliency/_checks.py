@@ -142,6 +142,13 @@ def is_mapped(array: Any) -> bool:
     return array is not None
 
 
+def a_tensor(name: str, value: Any) -> Tensor:
+    """Refuse what is no tensor, where arrays are not taken. :return: It."""
+    if not isinstance(value, Tensor):
+        raise refuse(name, f"a {type(value).__name__}", "a tensor", "convert it with torch.as_tensor()")
+    return value
+
+
 def as_tensor(name: str, value: Any) -> Tensor:
     """:return: The array as a tensor that shares its memory where it can; anything but real numbers is refused."""
     if isinstance(value, Tensor):

@@ -139,9 +139,9 @@ def pgd(
     :param random: Where random numbers come from; ``None`` is torch's global generator.
     :param start: (N, C, H, W), the first start, projected into the threat model; further restarts are as without it.
     :return: (N, C, H, W) in [0, 1], within the threat model, detached.
-    :raises InputError: When the images are of half precision, or no floats: steps of the size of an attack's are lost in the rounding.
+    :raises InputError: When the images are no tensor, of half precision, or no floats: steps of the size of an attack's are lost in the rounding.
     """
-    if x.dtype not in (torch.float32, torch.float64):
+    if _checks.a_tensor("x", x).dtype not in (torch.float32, torch.float64):
         raise _checks.refuse("x", f"images of {x.dtype}", "float32 or float64 in [0, 1]", "convert them with .float()")
     _checks.whole("max_iter", max_iter)
     _checks.whole("restarts", restarts, least=1)

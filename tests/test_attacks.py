@@ -15,6 +15,7 @@ from torch import nn
 
 from art_saliency.attacks import LOSSES, attack_loss, cross_entropy, dlr, fgsm, margin, pgd
 from art_saliency.errors import InputError, UnsupportedModelError
+from art_saliency.evaluation.transfer_attacks import transfer_attack
 from art_saliency.randomness import RandomSource
 from art_saliency.threat import NORMS, ThreatModel
 from tests.references import attacks_reference as reference
@@ -602,6 +603,13 @@ def test_images_in_which_a_step_is_lost_are_refused(dtype):
     with pytest.raises(InputError, match=f"x: got images of {dtype}, expected float32 or float64"):
         pgd(model, x.to(dtype), y, threat=ThreatModel("Linf", 0.1))
     assert model[0].count == 0
+
+
+@pytest.mark.parametrize("attack", [pgd, fgsm, transfer_attack])
+def test_an_array_is_told_from_a_tensor(attack):
+    model, (x, y) = guarded_network(), batch(classes=4)
+    with pytest.raises(InputError, match=r"^x: got a ndarray, expected a tensor; convert it with torch.as_tensor\(\)$"):
+        attack([model] if attack is transfer_attack else model, x.numpy(), y, threat=ThreatModel("Linf", 0.1))
 
 
 @pytest.mark.gpu

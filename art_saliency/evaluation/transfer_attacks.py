@@ -73,7 +73,7 @@ def transfer_attack(
     _checks.real("momentum", momentum, least=0)
     _checks.real("diversity", diversity, least=0, most=1)
     max_iter = _checks.whole("max_iter", max_iter)
-    if x.ndim != 4:
+    if _checks.a_tensor("x", x).ndim != 4:
         raise _checks.refuse("x", f"shape {tuple(x.shape)}", "4 axes, (N, C, H, W)")
     side = kernel_side(x) if kernel is None else _odd("kernel", kernel)
     a_threat_model(threat)
