@@ -696,7 +696,7 @@ def test_a_report_of_nonsense_is_refused_and_nothing_changes(change, message):
 
 
 def test_all_maps_and_metrics_can_be_had_from_one_place():
-    internal = {"randomness_kept"}
+    internal = {"check_maps", "randomness_kept"}
     for module in (saliency_maps, saliency_metrics, saliency_sanity):
         for name in set(module.__all__) - internal:
             assert getattr(everything, name) is getattr(module, name)
@@ -723,3 +723,42 @@ def test_a_panel_does_not_call_two_maps_of_nothing_alike(monkeypatch, tmp_path):
     monkeypatch.setattr(Axes, "set_title", lambda self, text, **rest: titles.append(text) or title(self, text, **rest))
     saliency_panel(model, x, x, torch.zeros(2, dtype=torch.long), tmp_path / "panel.png", title="t")
     assert [text for text in titles if "→" not in text] == ["a map is 0", "cos 1.00"]
+
+
+METRICS_OF_MAPS = {
+    "consensus": lambda m: consensus(m, m),
+    "top_overlap": lambda m: top_overlap(m, m),
+    "rank_correlation": lambda m: rank_correlation(m, m),
+    "gini": gini,
+    "top_mass": top_mass,
+    "sobel_edges": sobel_edges,
+    "edge_alignment": lambda m: edge_alignment(m, X),
+    "deletion_auc": lambda m: deletion_auc(linear(), X, Y, m),
+    "insertion_auc": lambda m: insertion_auc(linear(), X, Y, m),
+    "etmann_alignment": lambda x: etmann_alignment(linear(), x),
+    "max_sensitivity": lambda x: max_sensitivity(linear(), x, Y, loss_saliency),
+    "unit_maps": unit_maps,
+}
+
+
+@pytest.mark.parametrize("name", METRICS_OF_MAPS)
+def test_maps_without_channels_that_are_no_floats_or_no_tensors_are_refused(name):
+    measure = METRICS_OF_MAPS[name]
+    assert len(measure(X)) == len(X)
+    for wrong, message in (
+        (X[:, 0], r"got torch.float32 of shape \(5, 6, 7\), expected floats, \(N, C, H, W\); add the channel axis"),
+        ((255 * X).byte(), r"got torch.uint8 of shape"),
+        (X.numpy(), "got a ndarray, expected a tensor"),
+    ):
+        with pytest.raises(InputError, match=message):
+            measure(wrong)
+
+
+@pytest.mark.parametrize("other", [X[:1], X[..., :1], X[:, :, :1]])
+def test_two_maps_are_of_the_same_images_and_for_the_consensus_of_the_same_channels(other):
+    for measure in (consensus, top_overlap, rank_correlation, edge_alignment):
+        with pytest.raises(InputError, match=r"got shape \(\d, 2, \d, \d\), expected \(5, 2, 6, 7\), as \w+ is"):
+            measure(X, other)
+    assert rank_correlation(X, X[:, :1]).shape == (5,)
+    with pytest.raises(InputError, match=r"^b: got shape \(5, 1, 6, 7\), expected \(5, 2, 6, 7\)"):
+        consensus(X, X[:, :1])

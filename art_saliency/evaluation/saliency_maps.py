@@ -25,6 +25,7 @@ from art_saliency.perturbation_saliency import perturbation_saliency
 
 __all__ = [
     "SaliencyMap",
+    "check_maps",
     "gradient_times_input",
     "integrated_gradients",
     "logit_gradient",
@@ -72,6 +73,24 @@ def _leaf(x: Tensor) -> Tensor:
     return x.detach().clone().requires_grad_(True)
 
 
+def check_maps(*same: int, **maps: Tensor) -> None:
+    """
+    Refuse what is no map of floats with four axes, or not of the same size as the first one: it would be broadcast.
+
+    :param same: Axes along which all of them agree. :param maps: (N, C, H, W), each by its name.
+    """
+    first = next(iter(maps))
+    for name, value in maps.items():
+        if _checks.a_tensor(name, value).ndim != 4 or not value.is_floating_point():
+            hint = "add the channel axis: [:, None]" if value.ndim == 3 else ""
+            raise _checks.refuse(name, f"{value.dtype} of shape {tuple(value.shape)}", "floats, (N, C, H, W)", hint)
+        wanted = [maps[first].shape[axis] if axis in same else value.shape[axis] for axis in range(4)]
+        if list(value.shape) != wanted:
+            raise _checks.refuse(
+                name, f"shape {tuple(value.shape)}", f"{tuple(wanted)}, as {first} is {tuple(maps[first].shape)}"
+            )
+
+
 def unit_maps(maps: Tensor) -> Tensor:
     """
     Scale each map by its own greatest value: shapes are compared, not sizes, and tiny gradients do not vanish in a sum.
@@ -79,6 +98,7 @@ def unit_maps(maps: Tensor) -> Tensor:
     :param maps: (N, 1, H, W), at least 0.
     :return: (N, 1, H, W) in [0, 1]; a map of zeros stays one.
     """
+    check_maps(maps=maps)
     return maps / maps.flatten(1).amax(1).clamp_min(torch.finfo(maps.dtype).tiny).view(-1, 1, 1, 1)
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from art_saliency import _checks
-from art_saliency.evaluation.saliency_maps import SaliencyMap, unit_maps
+from art_saliency.evaluation.saliency_maps import SaliencyMap, check_maps, unit_maps
 from art_saliency.gradients import cosine, importance, input_gradient
 from art_saliency.modes import evaluating, frozen
 from art_saliency.perturbation_saliency import blurred, salient_mask
@@ -37,6 +37,8 @@ __all__ = [
     "top_overlap",
 ]
 
+_PLACES = (0, 2, 3)  # axes of an image and its map; channels may differ
+
 
 def _where_alive(values: Tensor, *maps: Tensor) -> Tensor:
     """:return: The numbers, NaN where a map is zero everywhere or not finite."""
@@ -52,6 +54,7 @@ def consensus(a: Tensor, b: Tensor) -> Tensor:
     :return: (N,), -1 to 1. NaN where either is zero, where :func:`art_saliency.gradients.cosine` would say 1: a network
         without gradients has no consensus.
     """
+    check_maps(0, 1, 2, 3, a=a, b=b)
     return _where_alive(cosine(a.detach(), b.detach()), a, b)
 
 
@@ -69,6 +72,7 @@ def top_overlap(a: Tensor, b: Tensor, share: float = 0.1) -> Tensor:
         that are exactly zero are never important, so a sparse map may have fewer.
     :return: (N,), 0 to 1.
     """
+    check_maps(*_PLACES, a=a, b=b)
     _checks.real("share", share, above=0, most=1)
     first, second = ((_most_important(m, share) & (importance(m) > 0)).flatten(1) for m in (a, b))
     union = (first | second).sum(1)
@@ -90,6 +94,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
     :param a: (N, C, H, W). :param b: (N, C', H, W).
     :return: (N,), -1 to 1; NaN where either importance is the same everywhere.
     """
+    check_maps(*_PLACES, a=a, b=b)
     rows = [_ranks(importance(m.detach()).flatten(1)) for m in (a, b)]
     first, second = (r - r.mean(1, keepdim=True) for r in rows)
     # The products are of whole and half numbers, exact in float64: equal maps give 1 and not 0.9999999.
@@ -104,6 +109,7 @@ def gini(maps: Tensor) -> Tensor:
     :param maps: (N, C, H, W).
     :return: (N,): 0 when all M pixels count the same, 1 - 1/M when one counts alone.
     """
+    check_maps(maps=maps)
     ordered = unit_maps(importance(maps.detach())).flatten(1).sort(dim=1).values
     pixels = ordered.shape[1]
     weights = (pixels - torch.arange(pixels, device=maps.device, dtype=maps.dtype) - 0.5) / pixels
@@ -118,6 +124,7 @@ def top_mass(maps: Tensor, share: float = 0.1) -> Tensor:
     :param share: Of the pixels, above 0 and at most 1; at least one pixel.
     :return: (N,), `share` for a constant map, 1 for one that is smaller than that share.
     """
+    check_maps(maps=maps)
     _checks.real("share", share, above=0, most=1)
     flat = unit_maps(importance(maps.detach())).flatten(1)
     kept = max(1, round(share * flat.shape[1]))
@@ -131,6 +138,7 @@ def sobel_edges(x: Tensor) -> Tensor:
     :param x: (N, C, H, W).
     :return: (N, 1, H, W), at least 0.
     """
+    check_maps(x=x)
     kernel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], dtype=x.dtype, device=x.device) / 8
     padded = F.pad(x.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     slopes = F.conv2d(padded, torch.stack([kernel, kernel.T])[:, None])
@@ -144,6 +152,7 @@ def edge_alignment(maps: Tensor, x: Tensor) -> Tensor:
     :param maps: (N, C, H, W). :param x: (N, C', H, W), the images explained.
     :return: (N,), -1 to 1.
     """
+    check_maps(*_PLACES, maps=maps, x=x)
     return rank_correlation(maps, sobel_edges(x.detach()))
 
 
@@ -172,6 +181,7 @@ def deletion_auc(
     :param steps: Equal steps; pixels a step are rounded.
     :return: (N,) area under the curve of the class's probability over the share of pixels deleted, 0 to 1.
     """
+    check_maps(*_PLACES, x=x, maps=maps)
     end = torch.zeros_like(x) if baseline is None else baseline.to(x).expand_as(x)
     return _auc(model, x.detach(), end, y, maps, steps)
 
@@ -185,6 +195,7 @@ def insertion_auc(
     :param sigma: The blur's standard deviation in pixels; ``None`` is an eighth of the shorter side, at least 1 (*choice*).
     :return: (N,), 0 to 1. The other parameters are those of :func:`deletion_auc`.
     """
+    check_maps(*_PLACES, x=x, maps=maps)
     blur = max(1.0, min(x.shape[-2:]) / 8) if sigma is None else sigma
     return _auc(model, blurred(x.detach(), blur), x.detach(), y, maps, steps)
 
@@ -198,6 +209,7 @@ def etmann_alignment(model: nn.Module, x: Tensor) -> Tensor:
     :param model: Maps (N, C, H, W) in [0, 1] to logits (N, K), K at least 2.
     :return: (N,), at least 0, in units of the pixel range; NaN where the gradient is zero.
     """
+    check_maps(x=x)
     with evaluating(model), frozen(model), torch.enable_grad():
         x = x.detach().requires_grad_(True)
         logits = model(x)
@@ -231,6 +243,7 @@ def max_sensitivity(
     :param batch_size: Images a pass.
     :return: (N,), at least 0. The other parameters are those of :func:`deletion_auc`.
     """
+    check_maps(x=x)
     metrics = _checks.optional("captum.metrics", "explain", "The sensitivity of a saliency map")
     _checks.real("radius", radius, above=0, most=1)
     samples = _checks.whole("samples", samples, least=1)
