@@ -315,6 +315,14 @@ def test_the_commands_go_all_the_way(place, images, results, proven, capsys, mon
     assert any("first solve what is wrong" in line for line in found["unchecked"])
 
 
+@pytest.mark.parametrize("percent", ["150", "-1", "nan"])
+def test_what_the_paper_reports_is_in_percent_on_the_command_line(percent, tmp_path, capsys):
+    assert main(["export", str(tmp_path), "--name", "Doe2026X", "--reported", percent]) == 2
+    told = capsys.readouterr().err
+    assert f"--reported: got {percent}, expected " in told
+    assert told.endswith("0 <= --reported <= 100\n")
+
+
 @pytest.fixture
 def run_of(tmp_path, results, answered):
     """Make a run whose evaluation is for some threat model, and export it without the proof."""

@@ -85,9 +85,12 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it. :return: 0."""
+    from art_saliency import _checks
     from art_saliency.robustbench.export import export_robustbench
     from art_saliency.trainers.runs import load
 
+    in_percent = args.reported
+    reported = None if in_percent is None else _checks.real("--reported", in_percent, least=0, most=100) / 100
     classifier = load(args.folder)
     evaluation = args.evaluation or (None if args.no_evaluation else _own_evaluation(args))
     human = _asked({name: getattr(args, name) for name in _QUESTIONS}, quiet=args.quiet)
@@ -103,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         source=args.source,
         architecture=args.architecture,
         preprocessing=args.preprocessing,
-        reported=None if args.reported is None else args.reported / 100,
+        reported=reported,
         additional_data=None if answer is None else answer == "yes",
         number_forward_passes=args.number_forward_passes,
         footnote=args.footnote,
