@@ -270,6 +270,14 @@ WRONG = {
         "--arms: got 'norm=L2', expected no",
     ),
     "arm twice": (["compare", "--arms", "standard, standard", "--out", "OUT"], "--arms: got 'standard' twice"),
+    "setting twice": (
+        ["train", "pgd-at", "--eps", "0.1", "--set", "max_iter=9", "--set", "max_iter=1", "--out", "OUT"],
+        "--set: got max_iter twice, expected each name once",
+    ),
+    "arm's setting twice": (
+        ["compare", "--arms", "pgd-at:max_iter=9:max_iter=1", "--out", "OUT"],
+        "got max_iter twice",
+    ),
     "pair": (["train", "pgd-at", "--eps", "0.1", "--set", "rho", "--out", "OUT"], "NAME=VALUE"),
     "device": (["train", "pgd-at", "--eps", "0.1", "--device", "gpu", "--out", "OUT"], "auto, cpu, cuda or cuda:N"),
     "augment": (["train", "pgd-at", "--eps", "0.1", "--augment", "crp", "--out", "OUT"], "crop"),

@@ -519,6 +519,9 @@ def test_options_that_verify_would_not_look_at_are_refused(proven, place, capsys
     for option in ("--images", "--device", "--data-dir"):
         assert main(["verify", bundle, "--trust", option, "cpu"]) == 2
         assert f"{option}: got 'cpu', expected no such option without --benchmark" in capsys.readouterr().err
+    for words, got in ((["--seed", "7"], "--seed: got 7"), (["--force"], "--force: got it")):
+        assert main(["verify", bundle, "--trust", "--benchmark", *words]) == 2
+        assert f"{got}, expected no such option here" in capsys.readouterr().err
     assert main(["verify", bundle, "--benchmark"]) == 2
     told = capsys.readouterr().err
     assert "add --trust" in told

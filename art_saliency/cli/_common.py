@@ -70,6 +70,8 @@ def read_settings(option: str, pairs: Sequence[str], *, common: Sequence[str] = 
             raise _checks.refuse(option, repr(pair), "NAME=VALUE, such as rho=0.2")
         if name in common:
             raise _checks.refuse(option, repr(pair), f"no {name} here", f"use --{name}")
+        if name in settings:
+            raise _checks.refuse(option, f"{name} twice", "each name once", "leave one out")
         try:
             settings[name] = json.loads(text)
         except ValueError:

@@ -51,6 +51,9 @@ def run(args: argparse.Namespace) -> int:
     _keep_out(Path(args.bundle))  # before torch and all that it imports are looked for
     from art_saliency.robustbench.verify import verify_bundle
 
+    refuse_unused(
+        args, ["seed", "force"], "here, where nothing is written and the seed is the evaluation's that is stated"
+    )
     if not args.benchmark:
         refuse_unused(args, ["images", "data_dir", "device"], "without --benchmark")
     elif args.trust:  # else it is refused
