@@ -12,6 +12,7 @@ from art.defences.trainer import AdversarialTrainerMadryPGD
 from art.estimators.classification import PyTorchClassifier
 
 from art_saliency import FSRLoss, autoattack, build_network, insert_fsr, load_data
+from art_saliency.data import to_unit
 from art_saliency.networks import default_network
 
 
@@ -25,10 +26,11 @@ def main() -> None:
     args = parser.parse_args()
 
     data = load_data(args.data)
+    x_train = to_unit(data.x_train)  # ART's trainer would take bytes for pixels from 0 to 255
     torch.manual_seed(0)
     network = default_network(data.input_shape)
     model = build_network(network, num_classes=data.num_classes, input_shape=data.input_shape)
-    insert_fsr(model, "layer3", data.num_classes, data.x_train[:2].float())
+    insert_fsr(model, "layer3", data.num_classes, x_train[:2])
     classifier = PyTorchClassifier(
         model,
         loss=FSRLoss(model),
@@ -43,7 +45,7 @@ def main() -> None:
         classifier, nb_epochs=args.epochs, eps=args.eps, eps_step=args.eps / 4, max_iter=7, batch_size=128
     )
     labels = torch.nn.functional.one_hot(data.y_train, data.num_classes)
-    trainer.fit(data.x_train.numpy(), labels.numpy())
+    trainer.fit(x_train.numpy(), labels.numpy())
 
     result = autoattack(model, data.x_test[: args.images], data.y_test[: args.images], eps=args.eps)
     print(f"clean {result.clean_accuracy:.1%}, AutoAttack {result.robust_accuracy:.1%}")

@@ -8,7 +8,9 @@ import sys
 from difflib import unified_diff
 from pathlib import Path
 
+import numpy as np
 import pytest
+from art.defences.trainer import AdversarialTrainerMadryPGD
 
 from tests.helpers import write_few_digits
 
@@ -29,6 +31,17 @@ def test_an_example_runs_and_prints_what_autoattack_found(script, few, monkeypat
     monkeypatch.setattr(sys, "argv", words)
     runpy.run_path(str(script), run_name="__main__")
     assert re.search(r"^clean \d+\.\d%, AutoAttack \d+\.\d%$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_arts_own_trainer_is_handed_pixels_in_0_to_1_where_the_data_are_bytes(tmp_path, monkeypatch):
+    x, y = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8), np.arange(20) % 10
+    np.savez(tmp_path / "bytes.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    handed = []
+    monkeypatch.setattr(AdversarialTrainerMadryPGD, "fit", lambda _, x, y: handed.append(x))
+    words = ["--data", str(tmp_path / "bytes.npz"), "--images", "1"]
+    monkeypatch.setattr(sys, "argv", ["art_native_trainer_with_fsr.py", *words])
+    runpy.run_path(str(EXAMPLES / "art_native_trainer_with_fsr.py"), run_name="__main__")
+    assert np.array_equal(handed[0], x[:, None].astype(np.float32) / 255)
 
 
 def test_the_methods_examples_are_identical_but_for_the_method():
