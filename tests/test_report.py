@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from importlib.resources import files
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 from art_saliency.cli import main
 from art_saliency.cli._side_by_side import compare
 from art_saliency.data import load_data
-from art_saliency.errors import CheckpointError, InputError, UnsupportedModelError
+from art_saliency.errors import CheckpointError, InputError, MissingDependencyError, UnsupportedModelError
 from art_saliency.evaluation import report as module
 from art_saliency.evaluation._report_page import Subject
 from art_saliency.evaluation.accuracy import pgd_accuracy
@@ -230,6 +231,62 @@ def test_what_a_part_would_refuse_in_the_end_is_refused_at_once(network, monkeyp
     model = copy.deepcopy(model).double() if options.pop("double", False) else model
     with pytest.raises((InputError, UnsupportedModelError), match=message):
         full_report(model, x, y, progress=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"), [("matplotlib", "eval"), ("captum.metrics", "explain"), ("skimage", "corruptions")]
+)
+def test_a_package_that_the_last_part_needs_is_missed_at_once(network, runs, monkeypatch, capsys, package, extra):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(module, "accuracy", lambda *_, **__: pytest.fail("something was measured"))
+    with pytest.raises(MissingDependencyError, match=f"art-saliency.{extra}."):
+        full_report(*network, eps=0.1, progress=False)
+    assert main(["evaluate", str(runs / "standard"), "--full", "--quiet", "--force", "--device", "cpu"]) == 2
+    assert f"pip install 'art-saliency[{extra}]'" in capsys.readouterr().err
+    if extra == "eval":  # two networks are drawn side by side
+        words = [str(runs / "standard"), str(runs / "fgsm-rs"), "--out", str(runs / "both")]
+        assert main(["evaluate", *words, "--quiet", "--force"]) == 2
+
+
+ARRAYS = {
+    "shape": ((10, 9, 9), 0, "images of shape (1, 9, 9), expected (1, 8, 8), which the network takes"),
+    "classes": ((10, 8, 8), 10, "labels from 10 to 10, expected labels from 0 to 9"),
+}
+
+
+@pytest.mark.parametrize("case", ARRAYS)
+def test_corrupted_arrays_of_other_images_or_classes_are_refused_at_once(
+    network, runs, tmp_path, monkeypatch, capsys, case
+):
+    shape, label, message = ARRAYS[case]
+    np.save(tmp_path / "fog.npy", np.full(shape, 9, np.uint8))
+    np.save(tmp_path / "labels.npy", np.full(shape[0], label))
+    monkeypatch.setattr(module, "accuracy", lambda *_, **__: pytest.fail("something was measured"))
+    with pytest.raises(InputError, match=re.escape(message)):
+        full_report(*network, eps=0.1, corruption_folder=tmp_path, progress=False)
+    words = ["evaluate", str(runs / "standard"), "--full", "--corruptions", str(tmp_path), "--quiet", "--force"]
+    assert main([*words, "--device", "cpu"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_images_of_other_channels_are_not_corrupted_but_drawn_by_their_mean(channels, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels * 36, 3))
+        x, y = torch.rand(3, channels, 6, 6), torch.arange(3)
+    options = {"eps": 0.05, "budget": LEAST, "saliency_images": 2, "version": "rand", "progress": False}
+    message = f"x: got images of {channels} channels, expected 1 or 3; say corrupt=False to leave the corruptions out"
+    with pytest.raises(InputError, match=f"^{message}$"):
+        full_report(model, x, y, **options)
+    pictures, draw = [], Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda self, p, **o: (pictures.append(p), draw(self, p, **o))[1])
+    assert (
+        full_report(model, x, y, corrupt=False, **options).write(tmp_path / "r") / "figures" / "saliency.png"
+    ).exists()
+    assert np.array_equal(pictures[0], x[0].mean(0).numpy())
 
 
 def test_a_loss_surface_is_the_margin_at_its_places():

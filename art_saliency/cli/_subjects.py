@@ -51,6 +51,7 @@ def opened(args: argparse.Namespace, folders: Mapping[str, Path], device: torch.
     """
     from art_saliency import _checks
     from art_saliency.evaluation.audit import check_radius
+    from art_saliency.evaluation.report import check_feasible
     from art_saliency.trainers.runs import load
 
     sets: dict[str, DataSet] = {}
@@ -69,6 +70,7 @@ def opened(args: argparse.Namespace, folders: Mapping[str, Path], device: torch.
         check_attackable(of.threat, data.x_test, args.version)
         if args.full:
             check_radius(of.threat, data.x_test)
+            check_feasible(model, data.input_shape, corruption_folder=args.corruptions)
     return subjects
 
 

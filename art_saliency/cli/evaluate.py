@@ -74,11 +74,13 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it. :return: 0."""
+    from art_saliency import _checks
     from art_saliency.cli._subjects import named_surrogates, opened
 
     folders = _checked(args)
     out = None
     if len(folders) > 1:
+        _checks.optional("matplotlib", "eval", "Drawing a figure")  # before the work, not after it
         out = vacant("--out", Path(args.out or "comparison"), "folder", force=args.force)
     device = pick_device(args.device)
     subjects = opened(args, dict(zip(_names(folders), folders, strict=True)), device)
@@ -96,7 +98,6 @@ def run(args: argparse.Namespace) -> int:
 def _checked(args: argparse.Namespace) -> list[Path]:
     """:return: The folders of the runs; what is wrong with the words, or with the places that are written to, is refused."""
     from art_saliency import _checks
-    from art_saliency.evaluation.corruption_arrays import open_corruption_arrays
 
     _checks.one_of("--version", args.version, ("standard", "plus", "rand"))
     _checks.whole("--batch-size", args.batch_size, least=1)
@@ -115,8 +116,6 @@ def _checked(args: argparse.Namespace) -> list[Path]:
         target, kind = ("report", "folder") if args.full else ("evaluation.json", "file")
         vacant("DIR", folder / target, kind, force=args.force)
         writable("DIR", folder)  # a report takes the place of the old one as a whole
-    if args.corruptions is not None:
-        open_corruption_arrays(args.corruptions)
     return folders
 
 

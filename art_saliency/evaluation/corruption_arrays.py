@@ -45,14 +45,17 @@ class CorruptionArrays:
 
 
 def open_corruption_arrays(
-    folder: str | os.PathLike[str], corruptions: Sequence[str] | None = None
+    folder: str | os.PathLike[str],
+    corruptions: Sequence[str] | None = None,
+    *,
+    shape: tuple[int, ...] | None = None,
 ) -> CorruptionArrays:
     """
     Open a folder such as CIFAR-10-C's.
 
     :param folder: With ``CORRUPTION.npy``, each (5 * N, H, W, 3), (5 * N, H, W, 1) or (5 * N, H, W) uint8, severity 1 first,
         and ``labels.npy``, (5 * N,), the same N five times, or (N,).
-    :param corruptions: Which; ``None`` takes every file there.
+    :param corruptions: Which; ``None`` takes every file there. :param shape: (C, H, W) that the network takes; ``None`` takes any.
     :return: The arrays.
     :raises CheckpointError: When a file is missing or damaged; it is named.
     :raises InputError: When what a file holds does not fit; it is named.
@@ -70,10 +73,13 @@ def open_corruption_arrays(
             raise CheckpointError(f"{path / name}.npy: no such file, expected it beside {shown}{hint}")
     images = {name: _pixels(path / f"{name}.npy") for name in names}
     sizes = {name: tuple(array.shape) for name, array in images.items()}
-    for name, shape in sizes.items():
-        if shape != sizes[names[0]]:
+    for name, size in sizes.items():
+        if size != sizes[names[0]]:
             expected = f"{sizes[names[0]]} (N, C, H, W) as {names[0]}.npy"
-            raise _checks.refuse(f"{path / name}.npy", f"images of shape {shape}", expected)
+            raise _checks.refuse(f"{path / name}.npy", f"images of shape {size}", expected)
+    if shape is not None and sizes[names[0]][1:] != tuple(shape):
+        expected = f"{tuple(shape)}, which the network takes"
+        raise _checks.refuse(f"{path / names[0]}.npy", f"images of shape {sizes[names[0]][1:]}", expected)
     for name, array in images.items():
         _checks.bytes_of_pixels(f"{path / name}.npy", array, remedy="multiply it by 255")
     total = sizes[names[0]][0]

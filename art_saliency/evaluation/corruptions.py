@@ -31,6 +31,7 @@ __all__ = [
     "SEVERITIES",
     "Corruption",
     "CorruptionResult",
+    "check_corruptible",
     "corrupt",
     "corruption_accuracy",
     "names_among",
@@ -177,9 +178,22 @@ def corrupt(x: Tensor, name: str, severity: int, *, seed: int = 0, first: int = 
     return torch.from_numpy(np.stack(corrupted)).permute(0, 3, 1, 2).to(images).contiguous()
 
 
-def _check_channels(channels: int, names: Iterable[str]) -> None:
+def check_corruptible(channels: int, names: Iterable[str] = (), *, remedy: str = "") -> dict[str, str]:
+    """
+    Refuse images that cannot be corrupted, and to begin without the packages that do it.
+
+    :param names: Of the corruptions. :param remedy: What to do with images of so many channels.
+    :return: The versions of what does it, NumPy's among them.
+    """
+    _check_channels(channels, names, remedy)
+    purpose = "making corrupted images"
+    versions = {name: _checks.optional(name, "corruptions", purpose).__version__ for name in ("skimage", "PIL")}
+    return {"numpy": np.__version__, **versions}
+
+
+def _check_channels(channels: int, names: Iterable[str], remedy: str = "") -> None:
     if channels not in (1, 3):
-        raise _checks.refuse("x", f"images of {channels} channels", "1 or 3")
+        raise _checks.refuse("x", f"images of {channels} channels", "1 or 3", remedy)
     for name in names:
         if channels == 1 and CORRUPTIONS[name].needs_colour:
             raise _checks.refuse("corruption", f"{name!r} for grey images", "images of 3 channels", "leave it out")
@@ -276,7 +290,7 @@ def corruption_accuracy(
     channels, count = images.shape[1], len(images)
     suited = [name for name, kind in CORRUPTIONS.items() if channels == 3 or not kind.needs_colour]
     names = suited if corruptions is None else names_among("corruptions", corruptions, CORRUPTIONS)
-    _check_channels(channels, names)
+    versions = check_corruptible(channels, names)
     chosen = severities_among(severities)
     batch_size = _checks.whole("batch_size", batch_size, least=1)
     seed = _checks.seed(seed)
@@ -292,8 +306,7 @@ def corruption_accuracy(
                     batch = corrupt(images[rows], name, severity, seed=seed, first=start)
                     by_severity[severity] += round(accuracy(model, batch, y[rows], batch_size=batch_size) * len(batch))
                     bar.update(len(batch))
-    versions = {package: _checks.optional(package, "corruptions", "").__version__ for package in ("skimage", "PIL")}
-    return CorruptionResult(correct, count, clean, "made on the spot", seed, {"numpy": np.__version__, **versions})
+    return CorruptionResult(correct, count, clean, "made on the spot", seed, versions)
 
 
 def names_among(what: str, given: Sequence[str], known: Iterable[str] | None = None) -> list[str]:

@@ -20,7 +20,12 @@ __all__ = ["likeness", "saliency_panel", "show"]
 
 
 def show(axis: Any, image: Tensor, title: str | None = None, **options: Any) -> None:
-    """Draw one image without ticks or frame. :param axis: Matplotlib's. :param image: (C, H, W). :param options: Of ``imshow``."""
+    """
+    Draw one image without ticks or frame.
+
+    :param axis: Matplotlib's. :param image: (C, H, W); where C is neither 1 nor 3, the mean over channels is drawn. :param options: Of ``imshow``.
+    """
+    image = image if len(image) in (1, 3) else image.mean(0, keepdim=True)
     picture = image.permute(1, 2, 0).cpu().numpy()
     axis.imshow(picture[..., 0] if picture.shape[-1] == 1 else picture, interpolation="nearest", **options)
     axis.set_xticks([])

@@ -19,13 +19,14 @@ from art_saliency._version import __version__
 from art_saliency.attacks import AdaptiveAttack, pgd
 from art_saliency.evaluation import figures_report as draw
 from art_saliency.evaluation._audit_gradients import curve_steps
-from art_saliency.evaluation._inputs import placed, refuse_double
+from art_saliency.evaluation._autoattack_backend import find_backend
+from art_saliency.evaluation._inputs import checked, placed, refuse_double
 from art_saliency.evaluation._report_page import Subject, page_of, row
 from art_saliency.evaluation.accuracy import accuracy, pgd_accuracy
 from art_saliency.evaluation.audit import AuditBudget, AuditReport, audit, check_radius
 from art_saliency.evaluation.autoattack import AutoAttackResult, autoattack
-from art_saliency.evaluation.corruption_arrays import array_corruption_accuracy
-from art_saliency.evaluation.corruptions import CorruptionResult, corruption_accuracy
+from art_saliency.evaluation.corruption_arrays import array_corruption_accuracy, open_corruption_arrays
+from art_saliency.evaluation.corruptions import CorruptionResult, check_corruptible, corruption_accuracy
 from art_saliency.evaluation.figures import saliency_panel
 from art_saliency.evaluation.report_text import markdown
 from art_saliency.evaluation.saliency import SaliencyReport, saliency_report
@@ -34,7 +35,7 @@ from art_saliency.files import appearing, sha256_of_tensors, write_file
 from art_saliency.randomness import RandomSource
 from art_saliency.threat import ThreatModel
 
-__all__ = ["SCHEMA", "STEPS", "Report", "full_report"]
+__all__ = ["SCHEMA", "STEPS", "Report", "check_feasible", "full_report"]
 
 SCHEMA = 1
 """Of ``report.json``; ``report.md`` beside this module says what every key holds."""
@@ -114,7 +115,7 @@ def full_report(
     :param budget: The audit's. :param audit_images: How many images it gets, the first ones.
     :param saliency_images: How many images the saliency metrics get, the first ones.
     :param corruption_folder: Arrays like CIFAR-10-C's, beside the corruptions that are made on the spot.
-    :param corrupt: Whether those are made; they need scikit-image.
+    :param corrupt: Whether those are made; they need scikit-image, and images of 1 or 3 channels.
     :param version: Of AutoAttack. :param batch_size: Images at once. :param seed: Of everything random.
     :param state_dir: Where AutoAttack keeps what it finished, so that an interrupted report continues there.
     :param progress: Whether bars are shown on stderr: the parts, and below them the part at work.
@@ -126,6 +127,7 @@ def full_report(
     batch_size, seed = _checks.whole("batch_size", batch_size, least=1), _checks.seed(seed)
     of = Subject(model, *placed(model, x, y), threat, batch_size, seed, progress)
     refuse_double(of.x)
+    check_feasible(model, of.x.shape[1:], corrupt=corrupt, corruption_folder=corruption_folder)
     check_radius(threat, of.x)
     ball: dict[str, Any] = {"eps": eps, "norm": norm}
     with _parts(progress, 7) as part:
@@ -164,6 +166,26 @@ def full_report(
     return Report(
         page, attacked, audited, transferred, explained, corrupted, lambda folder: _figures(folder, of, x_adv, page)
     )
+
+
+def check_feasible(
+    model: nn.Module, shape: tuple[int, ...], *, corrupt: bool = True, corruption_folder: str | Path | None = None
+) -> None:
+    """
+    Refuse, before hours of attacks, what a later part of :func:`full_report` or its figures would refuse.
+
+    :param shape: (C, H, W) of the images. The other parameters are those of :func:`full_report`.
+    :raises MissingDependencyError: When a package is missing that a part needs.
+    :raises InputError: When images cannot be corrupted, or the arrays are none of the network's images and classes.
+    """
+    find_backend()
+    _checks.optional("matplotlib", "eval", "Drawing a figure")
+    _checks.optional("captum.metrics", "explain", "The sensitivity of a saliency map")
+    if corrupt:
+        check_corruptible(shape[0], remedy="say corrupt=False to leave the corruptions out")
+    if corruption_folder is not None:
+        arrays = open_corruption_arrays(corruption_folder, shape=shape)
+        checked(model, arrays.block(next(iter(arrays.images)), 1), arrays.labels)
 
 
 @contextmanager
