@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from art.estimators.classification import PyTorchClassifier
 from PIL import Image
+from torch import nn
 
 import art_saliency
 from art_saliency import load
@@ -545,6 +547,52 @@ def test_new_weights_do_not_stand_beside_what_was_measured_of_the_old_ones(folde
     words = spell("train", "standard", **ONE_EPOCH, data=folder / "few.npz", width=4, out=run, quiet=True, device="cpu")
     assert main([*words, "--force"]) == 0
     assert {path.name for path in run.iterdir()} == {"weights.pt", "run.json", "best.pt", "notes.txt"}
+
+
+@pytest.fixture
+def digits_network(digits):
+    network = {"name": "small-cnn", "num_classes": 10, "input_shape": [1, 8, 8], "width": 4}
+    return network, build_network(**network)
+
+
+BAD_SAVES = {
+    "numbers of torch": ({"settings": {"eps": torch.tensor(0.1)}}, {}, "settings: got what JSON cannot hold"),
+    "another activation": (
+        {"network": {"activation": "silu"}},
+        {},
+        "network: got those of another: with the same weights its",
+    ),
+    "another width": ({"network": {"width": 8}}, {}, "network: got those of another .*size mismatch"),
+    "unknown": ({"network": {"name": "small-cn"}}, {}, "did you mean 'small-cnn'"),
+    "pixel range": (
+        {},
+        {"clip_values": (0, 255)},
+        r"classifier: got clip_values \(0, 255\) or.*build_network\(..., mean=, std=\)",
+    ),
+    "preprocessing": ({}, {"preprocessing": (0.5, 0.25)}, "classifier: got .*preprocessing before its model"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_SAVES)
+def test_what_would_come_back_as_something_else_is_not_saved_and_a_run_that_is_there_stays(
+    kind, digits_network, tmp_path
+):
+    changes, options, words = BAD_SAVES[kind]
+    network, model = digits_network
+    made = make_classifier(model, input_shape=(1, 8, 8), num_classes=10)
+    page = {"method": "standard", "settings": {}, "data": {}, "history": History()}
+    save(tmp_path, made, network=network, **page)
+    (tmp_path / "evaluation.json").touch()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    other = PyTorchClassifier(model, nn.CrossEntropyLoss(), (1, 8, 8), 10, **{"clip_values": (0.0, 1.0), **options})
+    changed = {**page, **changes, "network": {**network, **changes.get("network", {})}}
+    random = torch.get_rng_state()
+    with pytest.raises(InputError, match=words):
+        save(tmp_path, other, force=True, **changed)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    save(tmp_path, made, network=network, force=True, **page)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert {path.name for path in tmp_path.iterdir()} == {"weights.pt", "run.json"}
 
 
 def test_what_has_the_name_of_a_measurement_but_lies_beside_no_run_is_somebodys_own(folder, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import Any, get_type_hints
 
 import torch
 from art.estimators.classification import PyTorchClassifier
-from torch import nn
+from torch import Tensor, nn
 
 from art_saliency import _checks
 from art_saliency.errors import CheckpointError
 from art_saliency.files import read_tensors, sha256_of_tensors, write_file, write_tensors
 from art_saliency.methods.fsr import FSRLayer, LayerOptions, fsr_layers, insert_fsr
+from art_saliency.modes import evaluating
 from art_saliency.networks import art_device_type, build_network
+from art_saliency.randomness import global_generators_kept
+from art_saliency.trainers.network import ClassifierNetwork, pixel_range
 from art_saliency.training.records import History, versions
 
 __all__ = ["MEASURED", "SCHEMA", "load", "make_classifier", "read_run", "save"]
@@ -78,15 +82,16 @@ def save(
         :class:`~art_saliency.trainers.surrogates.Recipe` as JSON. :param force: Whether a run that is there may be replaced, and
         what was measured of it (:data:`MEASURED`) taken away.
     :return: The folder.
-    :raises InputError: When a run is there already and `force` is false.
+    :raises InputError: When a run is there already and `force` is false, when :func:`load` would not give back what the classifier is (of
+        other ``clip_values``, with preprocessing, or of another `network`), or when JSON cannot hold it: nothing is written.
+    :raises UnsupportedModelError: When the classifier has defences around the network that are not PyTorch preprocessing.
     """
     path = vacant_folder(folder, force=force)
-    path.mkdir(parents=True, exist_ok=True)
     has_fsr = any(isinstance(child, FSRLayer) for child in classifier.model.modules())
     found = fsr_layers(classifier.model) if has_fsr else {}
     layers = {target: {name: getattr(layer, name) for name in _LAYER} for target, layer in found.items()}
     weights = {name: value.detach().cpu() for name, value in classifier.model.state_dict().items()}
-    page = {
+    page: dict[str, Any] = {
         "schema": SCHEMA,
         "method": method,
         "settings": settings,
@@ -97,12 +102,59 @@ def save(
         "versions": versions(),
         "history": {"meta": history.meta, "epochs": history.records},
     }
+    text = _as_json(page)
+    _check_comes_back(classifier, page["network"], weights)
+    path.mkdir(parents=True, exist_ok=True)
     write_tensors(path / "weights.pt", weights)
     if (path / "run.json").is_file():  # else what has such a name is somebody's own
         for name in MEASURED:
             _remove(path / name)
-    write_file(path / "run.json", lambda file: file.write(json.dumps(page, indent=1).encode()))
+    write_file(path / "run.json", lambda file: file.write(text.encode()))
     return path
+
+
+def _as_json(page: dict[str, Any]) -> str:
+    for name, value in page.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            expected, remedy = "numbers, words, lists and objects of them", "NumPy's and torch's numbers have .item()"
+            raise _checks.refuse(name, f"what JSON cannot hold ({error})", expected, remedy) from error
+    return json.dumps(page, indent=1)
+
+
+def _check_comes_back(classifier: PyTorchClassifier, network: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Refuse what :func:`load` would give back as another function of images in [0, 1]."""
+    made_by = "the arguments of build_network that made the classifier's model"
+    with global_generators_kept(0):
+        try:
+            model = _blank(network).to(classifier.device)
+            model.load_state_dict(_plain_keys(weights))
+        except (KeyError, TypeError, RuntimeError) as error:
+            got = f"those of another ({str(error).strip().splitlines()[-1].strip()})"
+            raise _checks.refuse("network", got, made_by) from error
+    own, bare = ClassifierNetwork(classifier), classifier.model
+    x = torch.linspace(0, 1, 2 * math.prod(classifier.input_shape), device=classifier.device)
+
+    def logits(network: nn.Module) -> Tensor:
+        like = next((t for t in weights.values() if t.is_floating_point()), x) if network is not model else x
+        with global_generators_kept(0):  # of a network that answers at random
+            answer: Tensor = network(x.view(2, *classifier.input_shape).to(like.dtype))
+        return answer.float()
+
+    with evaluating(own, model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        found = logits(model)
+        close = {
+            name: torch.allclose(found, said, rtol=1e-3, atol=1e-3 * float(said.abs().max()), equal_nan=True)
+            for name, said in (("bare", logits(bare)), ("own", logits(own)))
+        }
+    if not close["bare"]:
+        raise _checks.refuse("network", "those of another: with the same weights its logits differ", made_by)
+    if not close["own"]:
+        low, high = pixel_range(classifier)
+        got = f"clip_values ({low:g}, {high:g}) or preprocessing before its model"
+        remedy = "put the standardisation into the network: build_network(..., mean=, std=); export_robustbench takes it along"
+        raise _checks.refuse("classifier", got, "a model that takes images in [0, 1] as they are", remedy)
 
 
 def _remove(path: Path) -> None:
@@ -190,20 +242,32 @@ def load(
         raise CheckpointError(
             f"{folder}: weights.pt is not the file that run.json names (its hash differs); copy both again"
         )
-    weights = {key.replace("_orig_mod.", ""): value for key, value in weights.items()}  # of a network that was compiled
-    network = dict(page["network"])
-    name, shape, layers = network.pop("name"), tuple(network.pop("input_shape")), network.pop("fsr", {})
-    model = build_network(name, input_shape=shape, **network)
-    for target, settings in layers.items():
-        insert_fsr(model, target, network["num_classes"], torch.rand(2, *shape), **settings)
+    network = page["network"]
+    model = _blank(network)
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(_plain_keys(weights))
     except RuntimeError as error:
         raise CheckpointError(
-            f"{folder}: the weights do not fit {name!r}: {str(error).splitlines()[1].strip()}"
+            f"{folder}: the weights do not fit {network['name']!r}: {str(error).splitlines()[1].strip()}"
         ) from error
-    own = None if optimizer is None else optimizer(model.parameters())
-    classes = network["num_classes"]
-    classifier = make_classifier(model, input_shape=shape, num_classes=classes, optimizer=own, device=device)
+    own, shape = None if optimizer is None else optimizer(model.parameters()), tuple(network["input_shape"])
+    classifier = make_classifier(
+        model, input_shape=shape, num_classes=network["num_classes"], optimizer=own, device=device
+    )
     classifier.model.eval()
     return classifier
+
+
+def _blank(network: dict[str, Any]) -> nn.Module:
+    """:return: The network that ``run.json`` describes, with fresh weights and its FSR layers in their places."""
+    given = dict(network)
+    shape, layers = tuple(given.pop("input_shape")), given.pop("fsr", {})
+    model = build_network(given.pop("name"), input_shape=shape, **given)
+    for target, settings in layers.items():
+        insert_fsr(model, target, given["num_classes"], torch.rand(2, *shape), **settings)
+    return model
+
+
+def _plain_keys(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """:return: The weights under the names of the network that torch.compile was given."""
+    return {key.replace("_orig_mod.", ""): value for key, value in weights.items()}
