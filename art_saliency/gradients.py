@@ -10,14 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from art_saliency import _checks
 from art_saliency.errors import UnsupportedModelError
+from art_saliency.modes import evaluating
 from art_saliency.randomness import RandomSource, normal, uniform
 
 __all__ = [
+    "check_second_derivatives",
     "cosine",
     "importance",
     "input_gradient",
@@ -78,6 +80,21 @@ def second_derivatives(needed: bool = True) -> Iterator[None]:
             f"model: got a network with {missing[1]}, of which torch has no second derivative, expected one that a method with "
             "input gradients in its loss can train; take another activation or network, or a method without them"
         ) from error
+
+
+def check_second_derivatives(model: nn.Module, x: Tensor) -> None:
+    """
+    Differentiate a network's input gradient by its weights, in eval mode, and throw the result away.
+
+    :param model: Maps (N, C, H, W) to logits. :param x: Some images.
+    :raises UnsupportedModelError: When an operation has no second derivative; it is named.
+    """
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with evaluating(model), torch.enable_grad(), second_derivatives():
+        x = x.detach().requires_grad_(True)
+        g = input_gradient(model(x).sum(), x, create_graph=True)
+        if g.requires_grad:
+            torch.autograd.grad(g.square().sum(), weights, allow_unused=True)
 
 
 def unit_directions(logits: Tensor, random: RandomSource | None = None) -> Tensor:

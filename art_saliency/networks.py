@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import math
@@ -40,6 +41,7 @@ __all__ = [
     "WideResNet",
     "build_network",
     "check_network",
+    "copy_of",
     "default_network",
 ]
 
@@ -220,6 +222,9 @@ def check_network(model: nn.Module, input_shape: Sequence[int], num_classes: int
                 got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
                 raise _unsupported(got, f"{wanted} and nothing else", "change its last layer")
             input_gradient(logits.sum(), x)
+            with torch.no_grad():
+                # Else what a module keeps of a pass, as spectral_norm keeps its weight, lies in a graph: no copy of it can be made.
+                model(x)
     except ArtSaliencyError:
         raise
     except Exception as error:
@@ -231,6 +236,16 @@ def check_network(model: nn.Module, input_shape: Sequence[int], num_classes: int
         raise _unsupported("NaN or Inf", f"finite {wanted} in [0, 1]", "look at its weights")
     if bool((logits >= 0).all()) and torch.allclose(logits.sum(1), torch.ones_like(logits[:, 0]), atol=1e-4):
         raise _unsupported("probabilities", wanted, "take the softmax out of the network")
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """:return: A deep copy. :raises UnsupportedModelError: When a module keeps something that cannot be copied."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise _unsupported(
+            f"a network that cannot be copied ({_brief(error)})", "one that can", "look at what its modules keep"
+        ) from error
 
 
 def _unsupported(got: str, expected: str, remedy: str) -> UnsupportedModelError:

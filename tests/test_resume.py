@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from art.attacks.evasion import FastGradientMethod
 from art.data_generators import NumpyDataGenerator, PyTorchDataGenerator
 from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
 from art.estimators.classification import PyTorchClassifier
@@ -24,7 +25,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 from art_saliency import files, load
 from art_saliency.augmentation import Augmentation
 from art_saliency.cli import main
-from art_saliency.errors import CheckpointError, InputError, NonFiniteLossError, TrainingInterrupted
+from art_saliency.errors import CheckpointError, InputError, NoEffectWarning, NonFiniteLossError, TrainingInterrupted
 from art_saliency.files import read_tensors
 from art_saliency.methods.baselines import Standard
 from art_saliency.trainers import identity
@@ -557,6 +558,17 @@ def test_other_settings_are_refused_by_name_and_nothing_changes(digits, interrup
     assert found == {path: path.read_bytes() for path in interrupted.iterdir()}
 
 
+def test_another_attack_of_arts_is_another_setting(digits, tmp_path):
+    def run(**options):
+        classifier = digits_classifier("sgd")
+        attack = FastGradientMethod(classifier, **{"eps": 0.1, "batch_size": 32, **options})
+        train(digits, tmp_path, method="pgd-at", classifier=classifier, settings={"attack": attack}, nb_epochs=1)
+
+    run()
+    with pytest.raises(InputError, match=r"settings\.attack\.eps: 0\.1 then, 0\.2 now"):
+        run(eps=0.2)
+
+
 def test_other_data_is_refused_and_another_cadence_is_not(digits, interrupted, whole):
     x, y = digits[0][:96].clone(), digits[1][:96].clone()
     x[5, 0, 0, 0] += 0.5
@@ -827,5 +839,7 @@ def test_a_run_that_ended_early_goes_on_and_is_given_back(digits, tmp_path):
     assert len(expected["history"]) < 8
     with pytest.raises(Crash):
         train(digits, tmp_path, at=4, scheduler=None, **options)
-    for _ in range(2):
+    assert same(train(digits, tmp_path, scheduler=None, **options), expected)
+    with pytest.warns(NoEffectWarning, match="is over: its weights were taken and nothing was trained"):
         assert same(train(digits, tmp_path, scheduler=None, **options), expected)
+    assert same(train(digits, tmp_path, scheduler=None, resume="must", **options), expected)

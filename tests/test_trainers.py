@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import warnings
 from collections import OrderedDict
+from typing import Any
 
 import numpy as np
 import pytest
@@ -365,6 +367,30 @@ def test_numbers_of_numpy_are_written_as_numbers(digits, tmp_path):
     layer = FSRTrainer(classifier(), target="features", hidden=np.int64(8), tau=np.float32(0.5), eps=eps, max_iter=1)
     layer.fit(digits[0][:64], digits[1][:64], checkpoint_dir=tmp_path, **QUICK)
     assert layer.config()["hidden"] == 8
+    numbers = {"batch_size": np.int64(32), "nb_epochs": np.int32(1), "seed": np.int64(3)}
+    numbers |= {"deterministic": np.bool_(False), "patience": np.int64(2), "ema": np.float32(0.5)}
+    trainer.fit(
+        digits[0][:64],
+        digits[1][:64],
+        validation_split=np.float32(0.25),
+        checkpoint_dir=tmp_path / "2",
+        verbose=False,
+        **numbers,
+    )
+    assert json.loads(trainer.history.to_json())["meta"]["epochs"] == 1
+
+
+@pytest.mark.parametrize("trainer", [AdvGSCTTrainer, JSIGRTrainer])
+def test_an_operation_without_a_second_derivative_is_named_before_any_work(trainer, digits, tmp_path):
+    model = small_network(norm=True)
+    model.features[2] = nn.Hardsigmoid()
+    art_classifier = classifier(model)
+    before = weights(model)
+    with pytest.raises(UnsupportedModelError, match="hardsigmoid, of which torch has no second derivative"):
+        trainer(art_classifier, eps=0.1).fit(*digits[:2], **QUICK, checkpoint_dir=tmp_path / "kept")
+    assert same(before, weights(model))
+    assert not (tmp_path / "kept").exists()
+    trainer(art_classifier, eps=0.1, form="finite-difference").fit(digits[0][:64], digits[1][:64], **QUICK)
 
 
 def test_an_art_attack_and_a_callable_serve_as_inner_maximisation(digits):
@@ -459,6 +485,41 @@ def test_a_named_schedule_gives_the_learning_rate_back_and_an_object_steps_once_
     assert plateau.last_epoch == 1
 
 
+def test_the_seed_in_the_history_repeats_a_run_whose_validation_images_were_drawn_too(digits):
+    def run(seed):
+        trainer = StandardTrainer(classifier())
+        trainer.fit(*digits[:2], **{**QUICK, "seed": seed}, validation_split=0.25)
+        return trainer.history
+
+    torch.manual_seed(1)
+    drawn = run(None)
+    assert run(drawn.meta["seed"]).column("clean_accuracy") == drawn.column("clean_accuracy")
+    assert run(drawn.meta["seed"]).column("loss") == drawn.column("loss")
+    assert run(2**63 - 1).column("loss") != drawn.column("loss")
+
+
+@pytest.mark.parametrize("trainer", [StandardTrainer, PGDATTrainer, AdvGSCTTrainer, JSIGRTrainer])
+def test_training_needs_gradients_also_where_the_caller_has_none(trainer, digits):
+    settings = {} if trainer is StandardTrainer else {"eps": 0.1}
+    ends = []
+    for gradients in (True, False):
+        art_classifier = classifier()
+        with torch.set_grad_enabled(gradients):
+            trainer(art_classifier, **settings).fit(digits[0][:64], digits[1][:64], **QUICK)
+            assert torch.is_grad_enabled() is gradients
+        ends.append(weights(art_classifier.model))
+    assert same(*ends)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("reparametrised", [nn.utils.spectral_norm, nn.utils.weight_norm])
+@pytest.mark.parametrize(("trainer", "options"), [(JSIGRTrainer, {}), (PGDATTrainer, {"ema": 0.9})])
+def test_networks_whose_weights_are_computed_can_be_copied(trainer, options, reparametrised, digits):
+    model = small_network()
+    model.linear = reparametrised(model.linear)
+    trainer(classifier(model), eps=0.1).fit(digits[0][:64], digits[1][:64], **QUICK, **options)
+
+
 class _Detached(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -500,6 +561,10 @@ def test_bad_data_is_refused_in_one_sentence_and_nothing_changes(kind, digits):
 
 
 BAD_FITS = {
+    "validation labels": (
+        lambda c, x, y: StandardTrainer(c).fit(x, y, validation_data=(x, y + 5)),
+        "labels of validation_data: got labels from 5 to",
+    ),
     "one image": (lambda c, x, y: StandardTrainer(c).fit(x[:1], y[:1]), "batch of one image.*BatchNorm"),
     "batch of one": (
         lambda c, x, y: StandardTrainer(c).fit(x, y, batch_size=1),
@@ -564,7 +629,24 @@ def test_a_method_refuses_a_network_before_a_checkpoint_is_written(trainer, sett
     assert not any(module.training for module in model.modules())
 
 
+class _Auxiliary(nn.Module):
+    """Gives a second answer in train mode, as torchvision's GoogLeNet does; and counts what it was shown, as BatchNorm does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = small_network(norm=True)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        logits = self.inner(x)
+        return (logits, logits) if self.training else logits
+
+
 BAD_CLASSIFIERS = {
+    "auxiliary logits": (
+        lambda: classifier(_Auxiliary()),
+        UnsupportedModelError,
+        r"got a tuple in train mode, expected logits of shape \(2, 10\)",
+    ),
     "no clip values": (lambda: classifier(clip_values=None), InputError, "clip_values=None"),
     "no optimizer": (lambda: classifier(optimizer=None), InputError, "no optimizer"),
     "array preprocessing": (

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from art_saliency import _checks
 from art_saliency.attacks import AdaptiveAttack, InnerAttack, Reachable, cross_entropy, margin
-from art_saliency.gradients import cosine, importance, input_gradient, top_share_mask
+from art_saliency.gradients import check_second_derivatives, cosine, importance, input_gradient, top_share_mask
 from art_saliency.methods.base import Batch, LossTerms, Objective, warmup
 from art_saliency.methods.baselines import full_precision, kl_divergence
 from art_saliency.methods.points import Point, extreme_point, image_itself, random_point
@@ -336,17 +336,27 @@ class AdvGSCT(Objective):
             return self._forward(model, batch)
 
     def check_network(self, model: nn.Module, x: Tensor) -> None:
-        """See :class:`Objective`. :raises UnsupportedModelError: When the network has dropout, in ``form="finite-difference"``."""
+        """
+        See :class:`Objective`.
+
+        :raises UnsupportedModelError: When the network has no second derivatives, or, in ``form="finite-difference"``, dropout.
+        """
         if self.form == "finite-difference":
             with training(model):
                 refuse_dropout(model)
+        elif self._needs_saliency:
+            check_second_derivatives(model, x)
+
+    @property
+    def _needs_saliency(self) -> bool:
+        return self.consensus > 0 or self.l2_consensus > 0 or self.linearity > 0
 
     def _forward(self, model: nn.Module, batch: Batch) -> LossTerms:
         x, y, weight = batch.x, batch.y, warmup(batch.progress, self.warmup_share)
         differences = self.form == "finite-difference"
         if differences:
             refuse_dropout(model)
-        need_g = self.consensus > 0 or self.l2_consensus > 0 or self.linearity > 0
+        need_g = self._needs_saliency
         radius = self.radius(batch.progress)
         x0 = self._start(x, self.threat.scaled(radius), batch.random).detach().requires_grad_(True)
         with side_pass(model):

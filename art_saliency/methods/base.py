@@ -194,7 +194,8 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, Objective):
         return {"objective": value.name, **value.config()}
-    return {"callable": getattr(value, "__qualname__", type(value).__qualname__)}
+    settings: dict[str, Any] = getattr(value, "attack_settings", dict)()  # of somebody else's attack
+    return {"callable": getattr(value, "__qualname__", type(value).__qualname__), **settings}
 
 
 @runtime_checkable

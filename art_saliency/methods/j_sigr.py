@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from art_saliency import _checks
 from art_saliency.attacks import AdaptiveAttack, InnerAttack, Reachable, cross_entropy
-from art_saliency.gradients import input_gradient, jacobian_projection, sphere_directions
+from art_saliency.gradients import check_second_derivatives, input_gradient, jacobian_projection, sphere_directions
 from art_saliency.methods.base import Batch, LossTerms, Objective, warmup
 from art_saliency.methods.baselines import full_precision
 from art_saliency.methods.points import Point, extreme_point, image_itself, random_point
@@ -440,10 +440,18 @@ class JSIGR(Objective):
         return DIRECTIONS[self.directions](detached, batch.y, self.projections, batch.random)
 
     def check_network(self, model: nn.Module, x: Tensor) -> None:
-        """See :class:`Objective`. :raises UnsupportedModelError: When the network has dropout, in ``form="finite-difference"``."""
-        if self.form == "finite-difference" and (self.lambda_j or self.lambda_s):
+        """
+        See :class:`Objective`.
+
+        :raises UnsupportedModelError: When the network has no second derivatives, or, in ``form="finite-difference"``, dropout.
+        """
+        if not (self.lambda_j or self.lambda_s):
+            return
+        if self.form == "finite-difference":
             with training(model):
                 refuse_dropout(model)
+        else:
+            check_second_derivatives(model, x)
 
     def _linearise(self, model: nn.Module, point: Tensor, batch: Batch, salient: Tensor | None) -> _Linearised:
         """

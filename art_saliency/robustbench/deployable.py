@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from art_saliency.files import sha256_of_tensors
 from art_saliency.methods.fsr import drop_auxiliary_heads
 from art_saliency.methods.surgery import inserted
 from art_saliency.modes import modes_kept
+from art_saliency.networks import copy_of
 from art_saliency.robustbench.rules import Violation, refusal
 from art_saliency.robustbench.standalone import normalise_input
 
@@ -70,12 +70,7 @@ def taken_out(model: PyTorchClassifier | nn.Module) -> Deployable:
     network = model.model if isinstance(model, PyTorchClassifier) else model
     if not isinstance(network, nn.Module):
         raise _checks.refuse("model", f"a {type(model).__name__}", "an ART PyTorchClassifier or a torch.nn.Module")
-    try:
-        plain = _unwrapped(copy.deepcopy(network)).cpu().eval()
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"model: got a network that cannot be copied ({error}), expected one that can"
-        ) from error
+    plain = _unwrapped(copy_of(network)).cpu().eval()
     known = {sha256_of_tensors(state) for state in (_tensors(network), _cleaned(network), _tensors(plain))}
     if inserted(plain, "fsr"):
         drop_auxiliary_heads(plain)

@@ -25,8 +25,8 @@ from art_saliency.errors import UnsupportedModelError
 from art_saliency.methods.base import Objective
 from art_saliency.modes import channels_last
 from art_saliency.threat import ThreatModel
-from art_saliency.trainers.identity import digest_of_pair, identity_of_run
-from art_saliency.trainers.network import ClassifierNetwork, check_trainable
+from art_saliency.trainers.identity import digest_of_pair, identity_of_run, word
+from art_saliency.trainers.network import ClassifierNetwork, check_train_mode, check_trainable
 from art_saliency.trainers.options import RunOptions
 from art_saliency.trainers.teacher import teacher_maps, trained_teacher
 from art_saliency.training.batches import Batches, ImageView, ResidentBatches, StreamedBatches
@@ -38,6 +38,8 @@ from art_saliency.training.records import History, Progress
 from art_saliency.training.schedules import Schedule
 
 __all__ = ["ObjectiveTrainer"]
+
+_SILENT = ("verbose", "summary_writer")  # parameters of ART's attacks that change nothing in what they find
 
 
 class ObjectiveTrainer(Trainer):  # type: ignore[misc]
@@ -148,9 +150,10 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """
-        Train the classifier. Its weights change; its train/eval modes and its learning rate come back as they were.
+        Train the classifier. Its weights change; its train/eval modes come back as they were, and after a scheduler of a name the
+        learning rate.
 
-        :param x: (N, C, H, W) array or tensor within ``clip_values``; or uint8, which stands for 0 to 255 of the range.
+        :param x: (N, C, H, W) array or tensor within ``clip_values``; or, where these are (0, 1) or (0, 255), uint8 from 0 to 255.
         :param y: (N,) indices or (N, K) one-hot rows; soft labels where the method allows them.
         :param validation_data: (x, y) of held-out images: clean and PGD accuracy are measured on them and stand in the history.
         :param batch_size: Images a step.
@@ -168,18 +171,19 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         """
         options = RunOptions.checked(f"{type(self).__name__}.fit", kwargs)
         self._check_options(options, validated=validation_data is not None or options.validation_split > 0)
-        self._check_run(batch_size, nb_epochs, scheduler, options)
+        batch_size, nb_epochs = self._check_run(batch_size, nb_epochs, scheduler, options)
         checkpoints = options.checkpoints()
         images, targets = self._viewed(x, y)
         validation = None if validation_data is None else self._validation(validation_data)
+        options = options.seeded(None if checkpoints is None else checkpoints.identity.get("seed"))
         if validation is None and options.validation_split:
-            images, targets, validation = _hold_out(images, targets, options.validation_split, options.seed or 0)
+            assert options.seed is not None
+            seed = options.seed % 2**32  # of NumPy's generator
+            images, targets, validation = _hold_out(images, targets, options.validation_split, seed)
         self._check_batches(len(images), batch_size)
         if checkpoints is not None:
-            options = options.seeded(checkpoints.identity.get("seed"))
             data = {"training": digest_of_pair(images, targets)}
             self._claim(checkpoints, data, validation, nb_epochs, batch_size, scheduler, options)
-        options = options.seeded()
 
         def batches(**maps: Any) -> ResidentBatches:
             return ResidentBatches(
@@ -219,7 +223,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         if options.checkpoint_dir is not None and not isinstance(generator, DataLoader):
             got = f"{type(generator).__name__}, which cannot begin an epoch again"
             raise _checks.refuse("generator", got, "a torch DataLoader for a run with a checkpoint_dir")
-        self._check_run(batch_size, nb_epochs, scheduler, options)
+        batch_size, nb_epochs = self._check_run(batch_size, nb_epochs, scheduler, options)
         checkpoints = options.checkpoints()
         self._check_batches(batch_size, batch_size)
         validation = None if validation_data is None else self._validation(validation_data)
@@ -274,7 +278,8 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
     def _viewed(self, x: Any, y: Any, *, name: str = "x") -> tuple[ImageView, Tensor]:
         """:meth:`prepare`, with images that a file holds left there."""
         images, _ = self._images(name, x)
-        targets = _checks.labels(y, len(images), self._classifier.nb_classes, soft=self.objective.soft_labels)
+        soft, label_name = self.objective.soft_labels, "y" if name == "x" else f"labels of {name}"
+        targets = _checks.labels(y, len(images), self._classifier.nb_classes, name=label_name, soft=soft)
         if _checks.is_mapped(x):
             return ImageView(images, convert=self._to_unit_range), targets
         return ImageView(self._to_unit_range(images)), targets
@@ -357,7 +362,8 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
             Engine(self._device) if launched()[1] > 1 else None,
         )
 
-    def _check_run(self, batch_size: int, nb_epochs: int, scheduler: Any, options: RunOptions) -> None:
+    def _check_run(self, batch_size: Any, nb_epochs: Any, scheduler: Any, options: RunOptions) -> tuple[int, int]:
+        """:return: Batch size and epochs, as numbers of Python's own."""
         if options.precision != "32-true" and self.objective.double_backward:
             # An input gradient under bf16 autocast was measured 21 % off: a penalty on it would be on noise.
             raise _checks.refuse(
@@ -365,8 +371,8 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
                 repr(options.precision),
                 f"'32-true' for {self.method_name()}, which differentiates input gradients",
             )
-        _checks.whole("batch_size", batch_size, least=1)
-        _checks.whole("nb_epochs", nb_epochs, least=1)
+        batch_size = _checks.whole("batch_size", batch_size, least=1)
+        nb_epochs = _checks.whole("nb_epochs", nb_epochs, least=1)
         Schedule.checked(scheduler)
         known = scheduler is None or isinstance(scheduler, str) or hasattr(scheduler, "state_dict")
         if options.checkpoint_dir is not None and not known:
@@ -375,7 +381,10 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
                 "scheduler", got, "one that can be kept", "give a torch scheduler or no checkpoint_dir"
             )
         _check_ranks(launched()[1], batch_size, options)
-        self.objective.check_network(self._network, check_trainable(self._network, self._classifier))
+        x = check_trainable(self._network, self._classifier)
+        self.objective.check_network(self._network, x)
+        check_train_mode(self._network, x, self._classifier.nb_classes)
+        return batch_size, nb_epochs
 
     def _check_options(self, options: RunOptions, *, validated: bool) -> None:
         """Refuse options that this method, or this run without validation data, cannot follow."""
@@ -536,4 +545,6 @@ def _art_attack(attack: Any, network: ClassifierNetwork) -> Callable[[nn.Module,
         return ((torch.from_numpy(np.asarray(raw)).to(x) - low) / span).clamp(0, 1)
 
     perturb.__qualname__ = type(attack).__qualname__
+    names = [name for name in attack.attack_params if name not in _SILENT]
+    perturb.attack_settings = lambda: {name: word(getattr(attack, name, None)) for name in names}  # type: ignore[attr-defined]
     return perturb

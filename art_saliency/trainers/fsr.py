@@ -112,8 +112,8 @@ class FSRTrainer(ObjectiveTrainer):
             return self._base
         return super()._make_objective(_base_class(self._base), parameters)
 
-    def _check_run(self, batch_size: int, nb_epochs: int, scheduler: Any, options: RunOptions) -> None:
-        super()._check_run(batch_size, nb_epochs, scheduler, options)
+    def _check_run(self, batch_size: Any, nb_epochs: Any, scheduler: Any, options: RunOptions) -> tuple[int, int]:
+        checked = super()._check_run(batch_size, nb_epochs, scheduler, options)
         groups = len(self._classifier.optimizer.param_groups)
         for rates in _rates(scheduler):
             if len(rates) != groups:
@@ -123,6 +123,7 @@ class FSRTrainer(ObjectiveTrainer):
                     f"one for {groups}",
                     "build it after FSRTrainer, which adds the FSR layer's group to the optimizer",
                 )
+        return checked
 
 
 def _base_class(base: str) -> type[Objective]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from art_saliency.trainers.base import ObjectiveTrainer
     from art_saliency.trainers.options import RunOptions
 
-__all__ = ["digest_of_pair", "identity_of_run"]
+__all__ = ["digest_of_pair", "identity_of_run", "word"]
 
 _FREE = ("extensions", "verbose", "checkpoint_dir", "checkpoint_every", "resume", "validation_split")
 """Options that may change: they do not touch what is computed, or (extensions, the split) are compared by other means."""
@@ -79,7 +79,7 @@ def identity_of_run(
         "nb_epochs": epochs,
         "batch_size": batch_size,
         "device": device.type,
-        **{f.name: _word(getattr(options, f.name)) for f in fields(options) if f.name not in _FREE},
+        **{f.name: word(getattr(options, f.name)) for f in fields(options) if f.name not in _FREE},
     }
 
 
@@ -91,12 +91,12 @@ def _input(network: ClassifierNetwork) -> dict[str, Any] | None:
     for step in network.steps:
         own = [name for name in vars(step) if not name.startswith("_")]
         names = step.params or own  # some of ART's name no parameter
-        settings = {name: _word(getattr(step, name, None)) for name in names if name != "verbose"}
+        settings = {name: word(getattr(step, name, None)) for name in names if name != "verbose"}
         steps.append({"name": type(step).__name__, **settings})
     return {"clip_values": [network.low, network.high], "preprocessing": steps}
 
 
-def _word(value: Any) -> Any:
+def word(value: Any) -> Any:
     """A plain value as it is, a digest of an array; of anything else its words, without addresses, which change with the process."""
     if isinstance(value, (np.ndarray, Tensor)):
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
@@ -112,7 +112,7 @@ def _network(network: nn.Module) -> dict[str, Any]:
 
 
 def _word_lines(network: nn.Module) -> list[str]:
-    return str(_word(network)).splitlines()
+    return str(word(network)).splitlines()
 
 
 def _optimizer(optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
@@ -125,10 +125,10 @@ def _optimizer(optimizer: Optimizer, scheduler: Any) -> dict[str, Any]:
 
     groups = [
         {
-            "lr": _word(first_rate(group)),
+            "lr": word(first_rate(group)),
             "parameters": len(group["params"]),
             **{
-                key: _word(value)
+                key: word(value)
                 for key, value in group.items()
                 if key not in _MOVING and not (key in _MOVED_BY_CYCLES and "base_momentum" in group)
             },
@@ -143,5 +143,5 @@ def _scheduler(scheduler: Any) -> dict[str, Any] | None:
     if scheduler is None:
         return None
     state = scheduler.state_dict()
-    kept = {key: _word(v) for key, v in state.items() if not key.startswith("_") and key not in _MOVING_OF_SCHEDULERS}
+    kept = {key: word(v) for key, v in state.items() if not key.startswith("_") and key not in _MOVING_OF_SCHEDULERS}
     return {"name": type(scheduler).__name__, **kept}

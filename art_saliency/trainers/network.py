@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from art_saliency import _checks
 from art_saliency.errors import UnsupportedModelError
+from art_saliency.modes import side_pass, training
 from art_saliency.networks import check_network
+from art_saliency.randomness import global_generators_kept
 
-__all__ = ["ClassifierNetwork", "pixel_range"]
+__all__ = ["ClassifierNetwork", "check_train_mode", "check_trainable", "pixel_range"]
 
 
 def pixel_range(classifier: PyTorchClassifier) -> tuple[float, float]:
@@ -79,7 +81,7 @@ def check_trainable(network: ClassifierNetwork, classifier: PyTorchClassifier) -
     Try the network on one batch before any work starts, in eval mode, leaving weights, gradients and modes alone.
 
     :return: The batch: two images in [0, 1].
-    :raises UnsupportedModelError: When it does not compute in float32 or give differentiable (N, K) logits, or preprocessing
+    :raises UnsupportedModelError: When it does not compute in float32, does not give differentiable (N, K) logits, or preprocessing
         changes the batch.
     :raises InputError: When the classifier has no optimizer, or is not one of images with channels first.
     """
@@ -116,3 +118,26 @@ def check_trainable(network: ClassifierNetwork, classifier: PyTorchClassifier) -
             )
     check_network(network, classifier.input_shape, classifier.nb_classes)
     return x
+
+
+def check_train_mode(network: ClassifierNetwork, x: Tensor, classes: int) -> None:
+    """
+    Try the network once more, in train mode, where some give auxiliary logits too; last, as the pass leaves no graph in any module, and
+    the network can be copied. Weights, buffers, modes and random states stay as they are.
+
+    :param x: Two images in [0, 1]. :param classes: K.
+    :raises UnsupportedModelError: When it does not give logits (2, K) and nothing else.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    with training(network), side_pass(network), global_generators_kept(), torch.no_grad():
+        try:
+            logits: Any = network(x)
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    if not isinstance(logits, Tensor) or logits.shape != (len(x), classes):
+        got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise UnsupportedModelError(
+            f"model: got {got} in train mode, expected logits of shape ({len(x)}, {classes}) and nothing else, as in eval mode; "
+            f"build it without auxiliary outputs"
+        )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from art_saliency import _checks
@@ -89,7 +90,10 @@ class RunOptions:
     def checked(cls, where: str, given: dict[str, Any]) -> RunOptions:
         """:return: The options, refused when unknown or out of range."""
         _checks.no_unknown(where, given, [field.name for field in fields(cls)])
-        options = cls(**given)
+        # As Python's own: NumPy's numbers would not go into a page of JSON.
+        options = cls(
+            **{name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
+        )
         if options.seed is not None:
             _checks.whole("seed", options.seed, most=2**63 - 1)
         if options.grad_clip is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import os
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from art_saliency.methods.baselines import Standard
+from art_saliency.networks import copy_of
 from art_saliency.training.batches import Batches, ImageView
 from art_saliency.training.checkpoint import Checkpoints
 from art_saliency.training.engine import Engine
@@ -64,7 +64,7 @@ def trained_teacher(
     :param checkpoints: Where its training is kept; ``None`` keeps nothing.
     :return: The teacher, frozen, in eval mode.
     """
-    teacher = copy.deepcopy(network)
+    teacher = copy_of(network)
     accepted = inspect.signature(type(optimizer).__init__).parameters  # AdamW's defaults hold more than it takes
     settings = {key: value for key, value in optimizer.defaults.items() if key in accepted}
     assert options.seed is not None

@@ -7,7 +7,6 @@ itself goes on from the raw weights, which no average ever touches. (The optimiz
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -19,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from art_saliency import _checks
 from art_saliency.modes import evaluating, modes_kept
+from art_saliency.networks import copy_of
 from art_saliency.randomness import RandomSource
 from art_saliency.training.extensions import Extension
 from art_saliency.training.state import random_states, set_random_states
@@ -78,7 +78,7 @@ class _Average(Extension, ABC):
 
     def on_start(self, run: Run) -> None:
         """Copy the network, or take up the copy of an interrupted run."""
-        self.model = copy.deepcopy(run.model).requires_grad_(False).eval()
+        self.model = copy_of(run.model).requires_grad_(False).eval()
         self.count = 0
         if self._state is not None:
             self._restore(self._state)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from art_saliency import _checks
-from art_saliency.errors import CheckpointError, TrainingInterrupted
+from art_saliency.errors import CheckpointError, NoEffectWarning, TrainingInterrupted
 from art_saliency.files import read_tensors, sha256_of_file, write_tensors
 from art_saliency.training.engine import launched
 from art_saliency.training.state import RunState, changed, digests, own_leaves
@@ -97,6 +97,7 @@ class Checkpoints:
             raise _checks.refuse("checkpoint_dir", f"{self.folder}, which is a file", "a folder")
         self._number = _last_number(self.folder)
         self._identity: dict[str, Any] = {}
+        self._inner = False  # of a run that another one needs: that it is over is as it should be
         self._engine: Engine | None = None
         self.rank = launched()[0]
         self._good: list[Path] = []
@@ -179,6 +180,7 @@ class Checkpoints:
     def below(self, name: str) -> Checkpoints:
         """:return: The checkpoints, in a folder of that name, of a run that this one needs first, such as a teacher's."""
         inner = Checkpoints(self.folder / name, every=self.every, resume="never" if self.resume == "never" else "auto")
+        inner._inner = True
         identity = {**self._identity, "part": name}
         if differences({"processes": 1, **inner.identity}, identity):
             inner._found, inner._good = None, []
@@ -204,6 +206,13 @@ class Checkpoints:
         state.restore(run)
         if run.epoch < run.epochs and not run.stopping:
             run.history.meta["resumed_at"] = [*run.history.meta.get("resumed_at", []), run.step]
+        elif self.resume == "auto" and not self._inner:
+            warnings.warn(
+                f"{self.folder} holds this very run, which is over: its weights were taken and nothing was trained; to train anew, "
+                f"choose another folder or say resume='never' (--force); resume='must' says that this is meant",
+                NoEffectWarning,
+                stacklevel=2,
+            )
 
     def begin(self, run: Run) -> None:
         """Put the extensions of an interrupted run back; or write the first checkpoint of a new one, to see that it can be written."""

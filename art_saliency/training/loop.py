@@ -253,6 +253,7 @@ def train(
     try:
         with (
             modes_kept(model),
+            torch.enable_grad(),
             reproducible(seed + _APART * engine.rank, deterministic=deterministic),
             checkpoints or nullcontext(),
             _surrounded(run, checkpoints),
