@@ -79,7 +79,7 @@ class Setting:
         _checks.real("eps", self.eps, above=0, most=1)
         for name, least in {"max_iter": 1, "batch_size": 2, "steps": 1, "rounds": 1, "memory_turns": 0}.items():
             _checks.whole(name, getattr(self, name), least=least)
-        _checks.whole("seed", self.seed)
+        _checks.seed(self.seed)
         _checks.one_of("precision", self.precision, PRECISIONS)
 
 

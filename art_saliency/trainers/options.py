@@ -95,7 +95,7 @@ class RunOptions:
             **{name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
         )
         if options.seed is not None:
-            _checks.whole("seed", options.seed, most=2**63 - 1)
+            _checks.seed(options.seed)
         if options.grad_clip is not None:
             _checks.real("grad_clip", options.grad_clip, above=0)
         if options.augment is not None and not callable(options.augment):
