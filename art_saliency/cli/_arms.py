@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from art_saliency.cli._common import KEPT
+from art_saliency.cli._common import KEPT, going_on
 
 if TYPE_CHECKING:
     import torch
@@ -200,19 +200,20 @@ def train_arm(
         **arm.options,
     )
     trainer = TRAINERS[arm.trainer](classifier, **given)
-    trainer.fit(
-        data.x_train,
-        data.y_train,
-        batch_size=budget.batch_size,
-        nb_epochs=budget.epochs,
-        scheduler=recipe.scheduler,
-        seed=budget.seed,
-        augment=None if budget.augment is None else augmentation_by_name(budget.augment),
-        verbose=not budget.quiet,
-        checkpoint_dir=checkpoint_dir,
-        **keeping,
-        **arm.options,
-    )
+    with going_on():
+        trainer.fit(
+            data.x_train,
+            data.y_train,
+            batch_size=budget.batch_size,
+            nb_epochs=budget.epochs,
+            scheduler=recipe.scheduler,
+            seed=budget.seed,
+            augment=None if budget.augment is None else augmentation_by_name(budget.augment),
+            verbose=not budget.quiet,
+            checkpoint_dir=checkpoint_dir,
+            **keeping,
+            **arm.options,
+        )
     return Trained(trainer, recipe, network)
 
 

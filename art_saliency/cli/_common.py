@@ -7,11 +7,13 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from art_saliency.errors import CheckpointError, InputError
+from art_saliency.errors import CheckpointError, InputError, NoEffectWarning
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +29,7 @@ __all__ = [
     "check_seed",
     "data_of_run",
     "fraction",
+    "going_on",
     "own_device",
     "page_of_run",
     "pick_device",
@@ -44,6 +47,14 @@ KEPT = "checkpoints"
 """The folder, in that of a run, where it is kept until it is over."""
 
 _T = TypeVar("_T")
+
+
+@contextmanager
+def going_on() -> Iterator[None]:
+    """Around ``fit``: ``--resume`` takes up what is there, so that a training which was over before its run was written down is no surprise."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* is over: its weights were taken", NoEffectWarning)
+        yield
 
 
 def fraction(text: str) -> float:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from art_saliency.cli._common import (
     KEPT,
     add_run_options,
+    going_on,
     own_device,
     pick_device,
     read_settings,
@@ -236,7 +237,8 @@ def _write(
 def _interruption(fit: Callable[..., None], **options: Any) -> TrainingInterrupted | None:
     """:return: What interrupted the training, once it was kept."""
     try:
-        fit(**options)
+        with going_on():
+            fit(**options)
     except TrainingInterrupted as error:
         return error.with_traceback(None)  # it would keep the run alive
     return None
