@@ -26,6 +26,7 @@ __all__ = [
     "training",
 ]
 
+_BACKENDS: Any = torch.backends
 _CUDNN: Any = torch.backends.cudnn  # whose settings by operation mypy does not know
 
 
@@ -114,7 +115,13 @@ def full_float32(needed: bool = True) -> Iterator[None]:
         convolutions = _put(_CUDNN, "allow_tf32", False) if _CUDNN.allow_tf32 else nullcontext()
     except RuntimeError:  # the newer one is in use already
         convolutions = _put(_CUDNN.conv, "fp32_precision", "ieee")
-    with convolutions, _put(torch.backends.cuda.matmul, "fp32_precision", "ieee"):
+    with (
+        _put(torch.backends.cuda.matmul, "fp32_precision", "ieee"),
+        convolutions,
+        # What somebody set for all of torch, or for all of cuDNN, would reach the convolutions from there.
+        _put(_CUDNN, "fp32_precision", "ieee"),
+        _put(_BACKENDS, "fp32_precision", "ieee"),
+    ):
         yield
 
 

@@ -8,7 +8,7 @@ The experiments behind the README's and the cards' tables: one JSON a run in ``e
     python examples/benchmark.py pages                                       tables and figures anew, from the files
 
 A run that stands is left alone unless the grid's settings changed, or the grid asks for an audit of it that it lacks: it is then made
-again, the same to the bit, with the audit. One that is interrupted is run again from its beginning, or, with ``--checkpoints FOLDER``,
+again, on a CPU the same to the bit, with the audit. One that is interrupted is run again from its beginning, or, with ``--checkpoints FOLDER``,
 its training from where it was; and what is judged anew is not trained anew. To use several processors, start several processes on
 different seeds.
 """
@@ -16,6 +16,7 @@ different seeds.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import signal
 import sys
@@ -51,10 +52,23 @@ def lacks(page: dict[str, Any] | None, grid: Grid, seed: int) -> bool:
     return page is None or (seed == 0 and grid.audited > 0 and "audit" not in page)
 
 
+def _refuse_a_mixture(folder: Path, kind: str) -> None:
+    """Runs of one grid are compared with each other: seed by seed, and in their tables."""
+    for path in sorted(folder.glob("*.json")):
+        made_on = kind
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # what is damaged is named where it is read
+            made_on = json.loads(path.read_text(encoding="utf-8"))["hardware"]["device"].partition(":")[0]
+        if made_on != kind:
+            remedy = f"say --device {made_on}, or choose another --out"
+            raise _checks.refuse("--device", kind, f"{made_on}, on which {path} was made", remedy)
+
+
 def run(args: argparse.Namespace) -> int:
     """Run what is missing, seed by seed."""
     import torch
     from benchmarking.running import read_data, run_one
+
+    from art_saliency.cli._common import pick_device
 
     grid = GRIDS[args.grid]
     arms = grid.arms if args.arms is None else tuple(args.arms.split(","))
@@ -62,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
         if name not in grid.arms:
             raise _checks.refuse("--arms", repr(name), f"some of {', '.join(grid.arms)}")
     torch.set_num_threads(_checks.whole("--threads", args.threads, least=1))
+    device = pick_device(args.device)
+    _refuse_a_mixture(args.out / args.grid, device.type)
     data = read_data(grid, args.data)
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds or range(grid.seeds):
@@ -69,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             if not lacks(standing(args.out, args.grid, name, seed), grid, seed):
                 continue
             began = time.perf_counter()
-            page = run_one(args.grid, name, seed, data, args.out, checkpoints=args.checkpoints)
+            page = run_one(args.grid, name, seed, data, args.out, device=device, checkpoints=args.checkpoints)
             figures = (page[key]["accuracy"] for key in ("clean", "pgd20", "autoattack", "transfer"))
             print(
                 f"{args.grid} {name} seed {seed}: " + " ".join(f"{100 * value:.1f}" for value in figures),
@@ -152,6 +168,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     command.add_argument(
         "--threads", type=int, default=1, help="of torch; figures depend on it a little (default: %(default)s)"
+    )
+    command.add_argument(
+        "--device", default="cpu", help="cpu, cuda or cuda:N, one for all runs of a grid (default: cpu)"
     )
     command.set_defaults(act=run)
     command = commands.add_parser(

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from art_saliency.cli import main
 from art_saliency.errors import InputError
@@ -290,6 +291,29 @@ def test_every_term_has_its_full_weight_from_the_first_step(tmp_path):
 def test_half_precision_is_for_those_that_bear_it(tmp_path):
     assert contestants(tmp_path, "pgd-at", precision="bf16-mixed").precision == "bf16-mixed"
     assert contestants(tmp_path, "j-sigr", precision="bf16-mixed").precision == "32-true"
+
+
+def test_a_method_that_subtracts_passes_is_held_against_products_in_full_float32(tmp_path):
+    different = {"form": "finite-difference"}
+    assert contestants(tmp_path, "adv-gsct", parameters=different).arithmetic == "32-true, full"
+    assert contestants(tmp_path, "adv-gsct").arithmetic == "32-true"
+
+
+class Attentive(nn.Module):
+    """Attention, whose fast kernels have no second derivative."""
+
+    def __init__(self, num_classes, in_channels):
+        super().__init__()
+        self.inward, self.outward = nn.Conv2d(in_channels, 8, 2, 2), nn.Linear(8, num_classes)
+
+    def forward(self, x):
+        tokens = self.inward(x).flatten(2).transpose(1, 2)[:, None]
+        return self.outward(nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)[:, 0].mean(1))
+
+
+def test_the_ideal_of_a_double_backward_takes_the_attention_that_has_one(tmp_path):
+    network = {"name": "tests.test_bench:Attentive", "num_classes": 10, "input_shape": [1, 8, 8]}
+    assert contestants(tmp_path, "adv-gsct", network=network).ideal() > 0
 
 
 def test_operations_are_those_that_the_passes_are_made_of(tmp_path):

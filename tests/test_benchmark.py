@@ -302,6 +302,13 @@ def test_wrong_words_are_answered_with_what_was_expected(words, said, capsys, tm
     assert not out.exists()
 
 
+def test_runs_of_a_cpu_and_of_a_gpu_do_not_stand_in_one_table(tmp_path, capsys):
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / "standard-seed0.json").write_text(json.dumps({"hardware": {"device": "cuda:0"}}))
+    assert benchmark.main(["run", "digits", "--out", str(tmp_path)]) == 2
+    assert "--device: got cpu, expected cuda, on which " in capsys.readouterr().err
+
+
 def test_a_longer_file_serves_as_the_one_that_was_cut_from_it(tmp_path):
     long, short = (write_few_digits(tmp_path / f"{n}.npz", n, n // 2) for n in (60, 40))
     grid = replace(grids.GRIDS["digits"], data="", data_sha256=load_data(str(short)).fingerprint(), of_file=(40, 20))

@@ -243,7 +243,7 @@ def test_channels_last_is_a_layout_for_the_duration_and_changes_no_value():
             assert torch.equal(value, before[name])
 
 
-@pytest.mark.parametrize("by", ["nobody", "the older setting", "the newer one"])
+@pytest.mark.parametrize("by", ["nobody", "the older setting", "the newer one", "all of torch", "all of cuDNN"])
 @pytest.mark.parametrize("raises", [False, True])
 def test_full_float32_is_for_the_duration_and_for_those_who_need_it(raises, by, request):
     def put(owner, name, value):
@@ -255,6 +255,8 @@ def test_full_float32_is_for_the_duration_and_for_those_who_need_it(raises, by, 
     elif by == "the newer one":
         put(torch.backends.cudnn.conv, "fp32_precision", "tf32")
         put(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    elif by != "nobody":
+        put(torch.backends if by == "all of torch" else torch.backends.cudnn, "fp32_precision", "tf32")
     settings = [torch.backends.cudnn.conv, torch.backends.cuda.matmul]
     before = [setting.fp32_precision for setting in settings]
     with contextlib.suppress(KeyError), full_float32():

@@ -31,6 +31,7 @@ from art_saliency.cli import main
 from art_saliency.errors import CheckpointError, InputError, MissingDependencyError, UnsupportedModelError
 from art_saliency.evaluation.accuracy import binomial_interval
 from art_saliency.files import read_tensors, sha256_of_file, sha256_of_tensors
+from art_saliency.modes import tensor_float32
 from art_saliency.robustbench import export
 from art_saliency.robustbench.benchmark import compared
 from art_saliency.robustbench.bundle import SUMS
@@ -540,12 +541,44 @@ def test_with_another_batch_size_it_is_compared_with_the_interval_of_the_count(p
         assert found.benchmark["allowed"] == list(binomial_interval(6, 12))
 
 
-def compared_over(robust, stated, count=10_000):
+def compared_over(robust, stated, count=10_000, *, batch_size=250, devices=("cpu (AVX2)", "cpu"), **seen):
     """What RobustBench's number has against it beside the stated ones, one a seed."""
-    record = {"clean_accuracy": 0.8, "batch_size": 250, "data_sha256": "d", "eps": EPS, "seed": 0}
+    record = {
+        "clean_accuracy": 0.8,
+        "batch_size": batch_size,
+        "data_sha256": "d",
+        "eps": EPS,
+        "seed": 0,
+        "device": devices[0],
+    }
     first, *others = ({**record, "robust_accuracy": value} for value in stated)
-    answer = {"count": count, "robust": robust, "clean": round(0.8 * count), "data_sha256": "d"}
-    return compared(answer, {"stated": first, "others": others})
+    answer = {"count": count, "robust": robust, "clean": round(0.8 * count), "data_sha256": "d", **seen}
+    return compared(answer, {"stated": first, "others": others}, devices[1])
+
+
+@pytest.mark.parametrize("devices", [("cpu (AVX2)", "cuda"), ("cuda (H100)", "cpu"), ("cuda (H100)", "cuda:0")])
+def test_a_gpu_draws_other_numbers_and_turns_a_few_images(devices):
+    few = {"clean": 802, "rescored": 531}
+    assert compared_over(535, (0.528,), 1000, batch_size=32)[1] == [
+        "benchmark: RobustBench finds 535 of 1000 images robust, expected 528 exactly"
+    ]
+    found, wrong = compared_over(535, (0.528,), 1000, batch_size=32, devices=devices, **few)
+    assert wrong == []
+    assert not found["exact"]
+    assert len(compared_over(528, (0.528,), 1000, batch_size=32, **few)[1]) == 2
+    assert len(compared_over(600, (0.528,), 1000, batch_size=32, devices=devices, clean=810, rescored=535)[1]) == 3
+
+
+def test_what_a_classifier_itself_says_is_asked_in_full_float32(proven, tmp_path, monkeypatch):
+    asked = []
+
+    def heard(*given):
+        asked.append(torch.backends.cuda.matmul.fp32_precision == "ieee" and not tensor_float32())
+        return own_logits(*given)
+
+    monkeypatch.setattr(export, "own_logits", heard)
+    export_robustbench(network(), "Doe2026X", out=tmp_path / "b")
+    assert asked == [True]
 
 
 @pytest.mark.parametrize(

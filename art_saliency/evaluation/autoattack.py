@@ -35,6 +35,7 @@ from art_saliency.evaluation._inputs import a_network, home_of, refuse_double, r
 from art_saliency.evaluation.accuracy import binomial_interval
 from art_saliency.files import sha256_of_tensors
 from art_saliency.gradients import input_gradient
+from art_saliency.modes import tensor_float32
 from art_saliency.threat import ThreatModel
 
 __all__ = ["ATTACKS", "VERSIONS", "AutoAttackResult", "autoattack"]
@@ -149,7 +150,7 @@ def autoattack(
     :param seed: Each call of an attack starts from it.
     :param device: Where the network already is; ``None`` finds out.
     :param state_dir: A folder in which every finished batch of every attack is kept: the same evaluation with the same
-        folder continues after a kill and ends with the same adversarial images, bit for bit. ``None`` keeps nothing.
+        folder continues after a kill and ends with the same adversarial images, on a CPU bit for bit. ``None`` keeps nothing.
     :param progress: Whether a bar is shown on stderr.
     :return: The result.
     :raises MissingDependencyError: When neither distribution of AutoAttack is installed.
@@ -246,7 +247,7 @@ def _home(model: nn.Module, device: torch.device | str | None) -> torch.device:
 
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
-        return f"cuda ({torch.cuda.get_device_name(device)})"
+        return f"cuda ({torch.cuda.get_device_name(device)}{', TF32' if tensor_float32() else ''})"
     return f"cpu ({torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else device.type
 
 

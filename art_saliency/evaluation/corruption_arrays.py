@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from art_saliency import _checks
+from art_saliency.data import to_unit
 from art_saliency.errors import CheckpointError
 from art_saliency.evaluation.accuracy import accuracy
 from art_saliency.evaluation.corruptions import SEVERITIES, CorruptionResult, names_among, severities_among
@@ -152,7 +153,7 @@ def array_corruption_accuracy(
     ) as bar:
         for name, by_severity in correct.items():
             for severity in chosen:
-                x = arrays.block(name, severity)[:rows]
+                x = to_unit(arrays.block(name, severity)[:rows])
                 by_severity[severity] = round(accuracy(model, x, arrays.labels[:rows], batch_size=batch_size) * rows)
                 bar.update(rows)
     return CorruptionResult(correct, rows, None, arrays.name, None, {"numpy": np.__version__})

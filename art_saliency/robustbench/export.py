@@ -17,6 +17,7 @@ from art_saliency._version import __version__
 from art_saliency.errors import UnsupportedModelError
 from art_saliency.evaluation.autoattack import AutoAttackResult
 from art_saliency.files import write_tensors
+from art_saliency.modes import full_float32
 from art_saliency.robustbench.architecture import architectures_of
 from art_saliency.robustbench.bundle import SCHEMA, Layout, check_place, sealed, write_json, write_text
 from art_saliency.robustbench.deployable import Deployable, foreign_steps, own_logits, taken_out
@@ -242,7 +243,8 @@ def _reference(model: PyTorchClassifier | nn.Module, plain: Deployable, place: B
     :raises UnsupportedModelError: When the copy that is to be published says something else.
     """
     x = probe_images(place.input_shape)
-    logits = own_logits(model, x).float()
+    with full_float32():  # TF32, a GPU's own, rounds as coarsely as a copy may differ
+        logits = own_logits(model, x).float()
     with torch.no_grad():
         copied = plain.network(x).float()
     network = model.model if isinstance(model, PyTorchClassifier) else model

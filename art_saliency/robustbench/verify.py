@@ -129,7 +129,7 @@ def verify_bundle(
     elif "benchmark_error" in answer:
         found.problems.append(f"RobustBench's benchmark failed: {answer['benchmark_error']}")
     elif wanted is not None and report is not None and "error" not in answer:
-        found.benchmark, wrong = compared(answer["benchmark"], report)
+        found.benchmark, wrong = compared(answer["benchmark"], report, device)
         found.problems += wrong
         exactly = "exactly the stated accuracies" if found.benchmark["exact"] else "an accuracy within what is stated"
         found.checked.append(f"that RobustBench's benchmark returns {exactly}, on {found.benchmark['count']} images")

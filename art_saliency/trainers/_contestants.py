@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from art_saliency import _checks
+from art_saliency.gradients import second_derivatives
 from art_saliency.methods.base import Batch, auxiliary_modules, step_terms
 from art_saliency.modes import full_float32
 from art_saliency.networks import build_network
@@ -136,6 +137,11 @@ class Contestants:
         self.ends: list[float] = []
         self.batches: list[Batch] = []
 
+    @property
+    def arithmetic(self) -> str:
+        """:return: Its precision, and whether TF32 is off."""
+        return self.precision + ", full" * self.trainer.objective.full_float32
+
     def turns(self) -> dict[str, Turn]:
         """:return: The contestants that there are for this method."""
         found: dict[str, Turn] = {"loop": self.loop, "ideal": self.ideal}
@@ -173,7 +179,7 @@ class Contestants:
         model.train()
         start = waited(self.device)
         for batch in self.batches:
-            with full_float32(objective.full_float32):
+            with second_derivatives(objective.double_backward), full_float32(objective.full_float32):
                 with _autocast(self.device, self.precision):
                     loss = step_terms(objective, model, batch).loss
                 optimizer.zero_grad(set_to_none=True)

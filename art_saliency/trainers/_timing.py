@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from art_saliency.modes import matrices_as_convolutions
+from art_saliency.modes import full_float32, matrices_as_convolutions
 from art_saliency.randomness import global_generators_kept
 
 __all__ = [
@@ -103,11 +103,12 @@ def per_round(above: Sequence[float], below: Sequence[float]) -> Spread:
     return Spread.of([a / b for a, b in zip(above, below, strict=True)])
 
 
-def matrix_turn(device: torch.device, precision: str, *, repeats: int = 3) -> tuple[Turn, float]:
+def matrix_turn(device: torch.device, precision: str, *, full: bool = False, repeats: int = 3) -> tuple[Turn, float]:
     """
     A product of two large square matrices as a contestant: what the chip does when nothing holds it up.
 
     :param precision: ``"32-true"``, on a GPU in TF32 where convolutions are, or ``"bf16-mixed"``.
+    :param full: Whether TF32 is off, as it is for a method that subtracts nearby passes.
     :return: The turn, and the floating-point operations of one product.
     """
     dtype = torch.float32 if precision == "32-true" else torch.bfloat16
@@ -116,7 +117,7 @@ def matrix_turn(device: torch.device, precision: str, *, repeats: int = 3) -> tu
     left, right = (torch.randn(side, side, generator=generator).to(device, dtype) for _ in range(2))
 
     def turn() -> float:
-        with matrices_as_convolutions():
+        with full_float32(full), matrices_as_convolutions():
             start = waited(device)
             for _ in range(repeats):
                 torch.mm(left, right)

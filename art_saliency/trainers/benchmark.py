@@ -60,7 +60,7 @@ class Benchmark:
     """
     What :func:`benchmark` found.
 
-    :ivar setting: What all had in common. :ivar methods: By the entries' names. :ivar matrix_seconds: A matrix product, every round, by the precision of the methods beside it.
+    :ivar setting: What all had in common. :ivar methods: By the entries' names. :ivar matrix_seconds: A matrix product, every round, by the arithmetic of the methods beside it.
     :ivar meta: Versions, processor or GPU, threads.
     """
 
@@ -99,7 +99,10 @@ def benchmark(
             methods = {entry.name: Contestants(entry, setting, x, y, Path(folder)) for entry in entries}
             extra = {name: method.extra_memory() for name, method in methods.items()}
         # A method that differentiates input gradients keeps to float32 beside others in half precision.
-        used = {method.precision: matrix_turn(device, method.precision) for method in methods.values()}
+        used = {
+            method.arithmetic: matrix_turn(device, method.precision, full=method.trainer.objective.full_float32)
+            for method in methods.values()
+        }
         groups = {name: method.turns() for name, method in methods.items()}
         total, done = (setting.rounds + 1) * (len(used) + sum(map(len, groups.values()))), 0
 
@@ -110,18 +113,18 @@ def benchmark(
                 progress(done, total)
 
         seconds = interleaved(
-            {**groups, _MATRIX: {precision: turn for precision, (turn, _) in used.items()}},
+            {**groups, _MATRIX: {arithmetic: turn for arithmetic, (turn, _) in used.items()}},
             rounds=setting.rounds,
             seed=setting.seed,
             progress=one_more,
         )
         matrix_seconds = seconds.pop(_MATRIX)
         rates = {
-            precision: [operations / took for took in matrix_seconds[precision]]
-            for precision, (_, operations) in used.items()
+            arithmetic: [operations / took for took in matrix_seconds[arithmetic]]
+            for arithmetic, (_, operations) in used.items()
         }
         figures = {
-            name: _figures(method, seconds, methods, rates[method.precision], extra[name])
+            name: _figures(method, seconds, methods, rates[method.arithmetic], extra[name])
             for name, method in methods.items()
         }
     return Benchmark(setting, figures, matrix_seconds, _meta(device))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from art_saliency.files import sha256_of_tensors
+from art_saliency.modes import tensor_float32
 from art_saliency.trainers.network import ClassifierNetwork
 from art_saliency.training.batches import ImageView
 
@@ -79,6 +80,7 @@ def identity_of_run(
         "nb_epochs": epochs,
         "batch_size": batch_size,
         "device": device.type,
+        **({"tf32": tensor_float32()} if device.type == "cuda" else {}),
         **{f.name: word(getattr(options, f.name)) for f in fields(options) if f.name not in _FREE},
     }
 

@@ -25,6 +25,9 @@ PRECISIONS = ("32-true", "bf16-mixed")
 """float32 throughout, or bfloat16 where autocast allows it; Lightning's names."""
 
 
+_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+
+
 def launched() -> tuple[int, int]:
     """:return: This process's rank and how many processes a launcher (``--devices N``, ``torchrun``) started; (0, 1) without one."""
     if not torch.distributed.is_available() or not torch.distributed.is_torchelastic_launched():
@@ -192,15 +195,16 @@ def reproducible(seed: int, *, deterministic: bool) -> Iterator[None]:
     :param deterministic: Whether torch refuses kernels whose result varies from run to run.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    benchmark = torch.backends.cudnn.benchmark
+    benchmark, workspace = torch.backends.cudnn.benchmark, os.environ.get(_WORKSPACE)
     with global_generators_kept(seed):
         try:
             if deterministic:
-                # cuBLAS reads this when it starts; without it, torch's deterministic mode refuses matrix products.
-                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+                os.environ.setdefault(_WORKSPACE, ":4096:8")  # cuBLAS reads this when it starts
                 torch.use_deterministic_algorithms(True)
                 torch.backends.cudnn.benchmark = False
             yield
         finally:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
             torch.backends.cudnn.benchmark = benchmark
+            if workspace is None:
+                os.environ.pop(_WORKSPACE, None)

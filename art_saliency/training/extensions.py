@@ -12,6 +12,7 @@ from torch import Tensor
 
 from art_saliency import _checks
 from art_saliency.attacks import pgd
+from art_saliency.data import to_unit
 from art_saliency.evaluation.accuracy import accuracy, pgd_accuracy
 from art_saliency.methods.base import Batch, LossTerms
 from art_saliency.modes import evaluating
@@ -142,11 +143,11 @@ class Validation(Extension):
             record["validation_robust_accuracy"] = round(robust) / len(self.y)
 
     def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The held-out images some 4 MB at a time: a share of a set in a file may be larger than memory."""
+        """The held-out images in [0, 1], some 4 MB of them as they are at a time: a share of a set in a file may be larger than memory."""
         bytes_each = self.x.dtype.itemsize * self.x.shape[1:].numel()
         rows = self.batch_size * max(1, _PIECE // (self.batch_size * bytes_each))
         for start in range(0, len(self.y), rows):
-            yield self.x[start : start + rows], self.y[start : start + rows]
+            yield to_unit(self.x[start : start + rows]), self.y[start : start + rows]
 
 
 def _classes(y: Tensor) -> Tensor:

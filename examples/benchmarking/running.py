@@ -43,6 +43,7 @@ _EXPLAINED = 100
 _SHOWN = 8
 _SURROGATES = ("standard", "pgd-at")
 _SURROGATE_SEED = 1000
+_CPU = torch.device("cpu")
 
 
 def file_of(folder: Path, grid: str, name: str, seed: int) -> Path:
@@ -98,6 +99,7 @@ def run_one(
     data: DataSet,
     out: Path,
     *,
+    device: torch.device = _CPU,
     checkpoints: Path | None = None,
     quiet: bool = True,
 ) -> dict[str, Any]:
@@ -105,11 +107,12 @@ def run_one(
     Train one arm with one seed and learn what it is worth.
 
     :param data: The grid's, whole. :param out: The folder of results; one file is written into it, at the end.
+    :param device: Where it is trained and attacked; on a GPU by kernels whose results repeat.
     :param checkpoints: Where trainings are kept, one folder each, and gone on with; ``None`` trains from the beginning.
     :return: What is in the file.
     """
     grid = GRIDS[grid_name]
-    entry, budget = contestant(name, grid), _budget(grid, data, seed, quiet)
+    entry, budget = contestant(name, grid), _budget(grid, data, seed, quiet, device)
     trained = _trained(grid_name, entry, budget, checkpoints)
     model = trained.trainer.get_classifier().model
     page = {
@@ -130,7 +133,7 @@ def run_one(
             model,
             trained,
             budget,
-            surrogates=_surrogates(grid_name, budget.data, seed, checkpoints),
+            surrogates=_surrogates(grid_name, budget.data, seed, checkpoints, device),
             audited=grid.audited if seed == 0 else 0,
         ),
     }
@@ -146,7 +149,7 @@ def recounted(grid_name: str, name: str, data: DataSet) -> float:
     return cost_of(one_step(entry.arm, budget, entry.prepare), budget)["passes_per_step"]
 
 
-def _budget(grid: Grid, data: DataSet, seed: int, quiet: bool = True) -> Budget:
+def _budget(grid: Grid, data: DataSet, seed: int, quiet: bool = True, device: torch.device = _CPU) -> Budget:
     (x, y), judged = (data.x_train, data.y_train), (data.x_test, data.y_test)
     if grid.held_out:
         (x, y), judged = data.split(grid.held_out, seed=0)
@@ -161,7 +164,7 @@ def _budget(grid: Grid, data: DataSet, seed: int, quiet: bool = True) -> Budget:
         lr=grid.lr,
         images=min(grid.images, len(judged[1])),
         seed=seed,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
         quiet=quiet,
         augment=grid.augment,
     )
@@ -169,7 +172,8 @@ def _budget(grid: Grid, data: DataSet, seed: int, quiet: bool = True) -> Budget:
 
 def _trained(grid: str, entry: Contestant, budget: Budget, checkpoints: Path | None) -> Trained:
     kept = None if checkpoints is None else checkpoints / grid / f"{_plain(entry.name)}-seed{budget.seed}"
-    return train_arm(entry.arm, budget, prepare=entry.prepare, checkpoint_dir=kept)
+    repeated = {"deterministic": True} if budget.device.type == "cuda" else {}
+    return train_arm(entry.arm, budget, prepare=entry.prepare, checkpoint_dir=kept, **repeated)
 
 
 def _judged(
@@ -233,7 +237,9 @@ def _short(page: Mapping[str, Any]) -> dict[str, Any]:
     return {**{name: page[name] for name in kept}, "rows": rows}
 
 
-def _surrogates(grid_name: str, data: DataSet, seed: int, checkpoints: Path | None) -> dict[str, nn.Module]:
+def _surrogates(
+    grid_name: str, data: DataSet, seed: int, checkpoints: Path | None, device: torch.device
+) -> dict[str, nn.Module]:
     """
     A standard and a PGD-AT network of the same grid, from a seed that no arm has; trained once a seed.
 
@@ -241,16 +247,16 @@ def _surrogates(grid_name: str, data: DataSet, seed: int, checkpoints: Path | No
         of a grid meets the same pair.
     """
     grid = GRIDS[grid_name]
-    key = (json.dumps(asdict(grid)), seed)
+    key = (json.dumps(asdict(grid)), seed, str(device))
     if key not in _KEPT:
         _KEPT.clear()
-        budget = _budget(grid, data, _SURROGATE_SEED + seed)
+        budget = _budget(grid, data, _SURROGATE_SEED + seed, device=device)
         trained = {name: _trained(grid_name, contestant(name, grid), budget, checkpoints) for name in _SURROGATES}
         _KEPT[key] = {name: those.trainer.get_classifier().model for name, those in trained.items()}
     return _KEPT[key]
 
 
-_KEPT: dict[tuple[str, int], dict[str, nn.Module]] = {}
+_KEPT: dict[tuple[str, int, str], dict[str, nn.Module]] = {}
 """The surrogates of the seed that is being run."""
 
 
