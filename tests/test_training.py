@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import warnings
 from types import SimpleNamespace
 
@@ -240,9 +241,11 @@ def test_deterministic_mode_is_on_inside_and_as_before_outside(engine, digits):
         def after_step(self, run):
             inside.append(torch.are_deterministic_algorithms_enabled())
 
+    before = dict(os.environ)
     run(engine, digits, epochs=1, deterministic=True, extensions=[Look()])
     assert all(inside)
     assert not torch.are_deterministic_algorithms_enabled()
+    assert dict(os.environ) == before
 
 
 def test_dropout_repeats_with_the_seed(engine, digits):

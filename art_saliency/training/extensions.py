@@ -143,9 +143,8 @@ class Validation(Extension):
             record["validation_robust_accuracy"] = round(robust) / len(self.y)
 
     def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The held-out images in [0, 1], some 4 MB of them as they are at a time: a share of a set in a file may be larger than memory."""
-        bytes_each = self.x.dtype.itemsize * self.x.shape[1:].numel()
-        rows = self.batch_size * max(1, _PIECE // (self.batch_size * bytes_each))
+        """The held-out images in [0, 1], some 4 MB at a time: a share of a set in a file may be larger than memory."""
+        rows = self.batch_size * max(1, _PIECE // (self.batch_size * 4 * self.x.shape[1:].numel()))
         for start in range(0, len(self.y), rows):
             yield to_unit(self.x[start : start + rows]), self.y[start : start + rows]
 
