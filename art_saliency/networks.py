@@ -10,8 +10,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +31,9 @@ from art_saliency.errors import ArtSaliencyError, UnsupportedModelError
 from art_saliency.gradients import input_gradient
 from art_saliency.modes import evaluating
 
+if TYPE_CHECKING:
+    from art.estimators.classification import PyTorchClassifier
+
 __all__ = [
     "ACTIVATIONS",
     "NETWORKS",
@@ -43,6 +47,7 @@ __all__ = [
     "check_network",
     "copy_of",
     "default_network",
+    "pixel_range",
 ]
 
 NetworkFactory = Callable[..., nn.Module]
@@ -262,6 +267,18 @@ def _shape(input_shape: Sequence[int]) -> tuple[int, int, int]:
         raise _checks.refuse("input_shape", tuple(input_shape), "(C, H, W)")
     channels, height, width = (_checks.whole("input_shape", side, least=1) for side in input_shape)
     return channels, height, width
+
+
+def pixel_range(classifier: PyTorchClassifier) -> tuple[float, float]:
+    """:return: The classifier's ``clip_values`` as two numbers; ``None`` and ranges that differ by pixel are refused."""
+    if classifier.clip_values is None:
+        raise _checks.refuse(
+            "classifier", "clip_values=None", "the pixel range", "write PyTorchClassifier(..., clip_values=(0.0, 1.0))"
+        )
+    low, high = (np.unique(np.asarray(end, dtype=np.float64)) for end in classifier.clip_values)
+    if len(low) != 1 or len(high) != 1 or low[0] >= high[0]:
+        raise _checks.refuse("clip_values", str(classifier.clip_values), "one least and one greatest pixel value")
+    return float(low[0]), float(high[0])
 
 
 def art_device_type(device: torch.device | str) -> str:

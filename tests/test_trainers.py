@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import math
 import warnings
 from collections import OrderedDict
 from typing import Any
@@ -517,7 +518,11 @@ def test_training_needs_gradients_also_where_the_caller_has_none(trainer, digits
 def test_networks_whose_weights_are_computed_can_be_copied(trainer, options, reparametrised, digits):
     model = small_network()
     model.linear = reparametrised(model.linear)
-    trainer(classifier(model), eps=0.1).fit(digits[0][:64], digits[1][:64], **QUICK, **options)
+    before = weights(model)
+    trained = trainer(classifier(model), eps=0.1)
+    trained.fit(digits[0][:64], digits[1][:64], **QUICK, **options)
+    assert not same(before, weights(model))
+    assert math.isfinite(trained.history[-1]["loss"])
 
 
 class _Detached(nn.Module):

@@ -16,7 +16,7 @@ from art_saliency.files import sha256_of_tensors
 from art_saliency.methods.fsr import drop_auxiliary_heads
 from art_saliency.methods.surgery import inserted
 from art_saliency.modes import modes_kept
-from art_saliency.networks import copy_of
+from art_saliency.networks import copy_of, pixel_range
 from art_saliency.robustbench.rules import Violation, refusal
 from art_saliency.robustbench.standalone import normalise_input
 
@@ -121,17 +121,6 @@ def _unwrapped(network: nn.Module) -> nn.Module:
     return network
 
 
-def _pixel_range(classifier: PyTorchClassifier) -> tuple[float, float]:
-    """:return: The classifier's ``clip_values``, which must be there and one pair for all pixels."""
-    if classifier.clip_values is None:
-        cure = "write PyTorchClassifier(..., clip_values=(0.0, 1.0))"
-        raise _checks.refuse("classifier", "clip_values=None", "the pixel range", cure)
-    low, high = (np.unique(np.asarray(end, dtype=np.float64)) for end in classifier.clip_values)
-    if len(low) != 1 or len(high) != 1 or low[0] >= high[0]:
-        raise _checks.refuse("clip_values", str(classifier.clip_values), "one least and one greatest pixel value")
-    return float(low[0]), float(high[0])
-
-
 def _standardises(step: Any) -> bool:
     return type(step).__name__ in ("StandardisationMeanStd", "StandardisationMeanStdPyTorch")
 
@@ -142,7 +131,7 @@ def _affine(classifier: PyTorchClassifier) -> tuple[np.ndarray, np.ndarray] | No
 
     :return: Mean and deviation, broadcastable to (1, C, H, W), float64; ``None`` when it is the identity.
     """
-    low, high = _pixel_range(classifier)
+    low, high = pixel_range(classifier)
     steps = [step for step in classifier.preprocessing_operations if step.apply_predict and _standardises(step)]
     if len(steps) > 1:
         raise UnsupportedModelError(f"classifier: got {len(steps)} standardisations, expected one; combine them")
@@ -182,7 +171,7 @@ def own_logits(model: PyTorchClassifier | nn.Module, x: Tensor) -> Tensor:
     network = model.model if isinstance(model, PyTorchClassifier) else model
     with modes_kept(network), torch.no_grad():
         if isinstance(model, PyTorchClassifier):
-            low, high = _pixel_range(model)
+            low, high = pixel_range(model)
             scaled = x.numpy() if (low, high) == (0.0, 1.0) else x.numpy() * np.float32(high - low) + np.float32(low)
             return torch.from_numpy(np.asarray(model.predict(scaled, batch_size=len(x))))
         like = next((p for p in network.parameters()), x)

@@ -14,22 +14,10 @@ from torch import Tensor, nn
 from art_saliency import _checks
 from art_saliency.errors import UnsupportedModelError
 from art_saliency.modes import side_pass, training
-from art_saliency.networks import check_network
+from art_saliency.networks import check_network, pixel_range
 from art_saliency.randomness import global_generators_kept
 
-__all__ = ["ClassifierNetwork", "check_train_mode", "check_trainable", "pixel_range"]
-
-
-def pixel_range(classifier: PyTorchClassifier) -> tuple[float, float]:
-    """:return: The classifier's ``clip_values`` as two numbers; ``None`` and ranges that differ by pixel are refused."""
-    if classifier.clip_values is None:
-        raise _checks.refuse(
-            "classifier", "clip_values=None", "the pixel range", "write PyTorchClassifier(..., clip_values=(0.0, 1.0))"
-        )
-    low, high = (np.unique(np.asarray(end, dtype=np.float64)) for end in classifier.clip_values)
-    if len(low) != 1 or len(high) != 1 or low[0] >= high[0]:
-        raise _checks.refuse("clip_values", str(classifier.clip_values), "one least and one greatest pixel value")
-    return float(low[0]), float(high[0])
+__all__ = ["ClassifierNetwork", "check_train_mode", "check_trainable"]
 
 
 class ClassifierNetwork(nn.Module):

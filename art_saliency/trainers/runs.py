@@ -18,9 +18,9 @@ from art_saliency.errors import CheckpointError
 from art_saliency.files import read_tensors, sha256_of_tensors, write_file, write_tensors
 from art_saliency.methods.fsr import FSRLayer, LayerOptions, fsr_layers, insert_fsr
 from art_saliency.modes import evaluating
-from art_saliency.networks import art_device_type, build_network
+from art_saliency.networks import art_device_type, build_network, pixel_range
 from art_saliency.randomness import global_generators_kept
-from art_saliency.trainers.network import ClassifierNetwork, pixel_range
+from art_saliency.trainers.network import ClassifierNetwork
 from art_saliency.training.records import History, versions
 
 __all__ = ["MEASURED", "SCHEMA", "load", "make_classifier", "read_run", "save"]
@@ -137,7 +137,7 @@ def _check_comes_back(classifier: PyTorchClassifier, network: dict[str, Any], we
     x = torch.linspace(0, 1, 2 * math.prod(classifier.input_shape), device=classifier.device)
 
     def logits(network: nn.Module) -> Tensor:
-        like = next((t for t in weights.values() if t.is_floating_point()), x) if network is not model else x
+        like = next(network.parameters(), x)
         with global_generators_kept(0):  # of a network that answers at random
             answer: Tensor = network(x.view(2, *classifier.input_shape).to(like.dtype))
         return answer.float()
