@@ -80,26 +80,26 @@ def run(args: argparse.Namespace) -> int:
     _refuse_a_mixture(args.out / args.grid, device.type)
     data = read_data(grid, args.data)
     args.out.mkdir(parents=True, exist_ok=True)
-    for seed in args.seeds or range(grid.seeds):
-        for name in arms:
-            if not lacks(standing(args.out, args.grid, name, seed), grid, seed):
-                continue
-            began = time.perf_counter()
-            page = run_one(args.grid, name, seed, data, args.out, device=device, checkpoints=args.checkpoints)
-            figures = (page[key]["accuracy"] for key in ("clean", "pgd20", "autoattack", "transfer"))
-            print(
-                f"{args.grid} {name} seed {seed}: " + " ".join(f"{100 * value:.1f}" for value in figures),
-                page.get("audit", {}).get("verdict", ""),
-                f"{time.perf_counter() - began:.0f} s",
-                flush=True,
-            )
+    asked = grid.runs if args.seeds is None else [(name, seed) for seed in args.seeds for name in grid.arms]
+    for name, seed in asked:
+        if name not in arms or not lacks(standing(args.out, args.grid, name, seed), grid, seed):
+            continue
+        began = time.perf_counter()
+        page = run_one(args.grid, name, seed, data, args.out, device=device, checkpoints=args.checkpoints)
+        figures = (page[key]["accuracy"] for key in ("clean", "pgd20", "autoattack", "transfer"))
+        print(
+            f"{args.grid} {name} seed {seed}: " + " ".join(f"{100 * value:.1f}" for value in figures),
+            page.get("audit", {}).get("verdict", ""),
+            f"{time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
     return 0
 
 
 def show(args: argparse.Namespace) -> int:
     """Say what stands and what is missing."""
     for key, grid in GRIDS.items():
-        found = {(name, seed): standing(args.out, key, name, seed) for seed in range(grid.seeds) for name in grid.arms}
+        found = {(name, seed): standing(args.out, key, name, seed) for name, seed in grid.runs}
         missing = [f"{name} seed {seed}" for (name, seed), page in found.items() if lacks(page, grid, seed)]
         standing_now = [page for page in found.values() if page]
         audited = sum("audit" in page for page in standing_now)
@@ -122,7 +122,7 @@ def recount(args: argparse.Namespace) -> int:
     data = read_data(grid, args.data)
     for name in grid.arms:
         counted = None
-        for seed in range(grid.seeds):
+        for seed in grid.seeds_of(name):
             page = standing(args.out, args.grid, name, seed)
             if page is None:
                 continue

@@ -105,7 +105,17 @@ def test_claims_name_arms_that_are_run():
     for claim in CLAIMS.values():
         assert set(claim.arms) <= known
         assert {arm for pair in claim.differences for arm in pair} <= known
-    assert {*HEADLINE, *(arm for pair in HEADLINE_DIFFERENCES for arm in pair)} <= set(grids.GRIDS["digits"].arms)
+    headline = {*HEADLINE, *(arm for pair in HEADLINE_DIFFERENCES for arm in pair)}
+    assert headline == set(grids.HEADLINE_ARMS)
+    assert headline <= set(grids.GRIDS["digits"].arms)
+
+
+def test_a_grid_runs_its_headline_arms_with_more_seeds_than_others():
+    grid = replace(grids.GRIDS["digits"], arms=("standard", "fsr+aalp", "pgd-at"), seeds=1, headline_seeds=2)
+    assert grid.runs == [("standard", 0), ("fsr+aalp", 0), ("pgd-at", 0), ("standard", 1), ("pgd-at", 1)]
+    assert replace(grid, headline_seeds=0).runs == grid.runs[:3]
+    for found in grids.GRIDS.values():
+        assert sorted(found.runs) == sorted((arm, seed) for arm in found.arms for seed in found.seeds_of(arm))
 
 
 def test_what_is_tuned_is_judged_on_training_images_that_are_not_trained_on():
@@ -156,6 +166,7 @@ def tiny(monkeypatch):
         train_images=128,
         images=16,
         seeds=2,
+        headline_seeds=0,
         audited=0,
         arms=("standard", "fsr+pgd-at"),
         network={"name": "small-cnn", "activation": "relu", "width": 4},
@@ -242,6 +253,16 @@ def test_equal_seeds_give_equal_networks(tiny, tmp_path):
         )
     first, second = (json.loads((tmp_path / f / "digits" / "standard-seed1.json").read_text()) for f in ("a", "b"))
     assert _differences(first, second) == set()
+
+
+def test_a_run_says_of_each_image_whether_it_was_withstood(tiny, tmp_path):
+    assert benchmark.main(["run", "digits", "--arms", "standard", "--seeds", "0", "--out", str(tmp_path)]) == 0
+    page = json.loads((tmp_path / "digits" / "standard-seed0.json").read_text())
+    for attack in ("autoattack", "transfer"):
+        bits = page["withstood"][attack]
+        assert set(bits) <= {"0", "1"}
+        assert (len(bits), bits.count("1") / len(bits)) == (tiny.images, page[attack]["accuracy"])
+    assert page["hardware"]["capability"] == torch.backends.cpu.get_cpu_capability()
 
 
 def test_kept_trainings_are_gone_on_with_and_what_is_judged_anew_is_not_trained_anew(
@@ -340,22 +361,22 @@ def test_words_that_do_not_parse_end_with_usage(words, capsys):
     assert "usage: " in capsys.readouterr().err
 
 
-def test_a_difference_is_taken_seed_by_seed_and_judged_by_two_deviations():
+def test_a_difference_is_taken_seed_by_seed_and_judged_by_students_interval():
     def arm(values):
         return [{"seed": seed, "autoattack": {"accuracy": value}} for seed, value in values.items()]
 
     runs = {"digits": {"a": arm({0: 0.5, 1: 0.52, 2: 0.54, 9: 0.9}), "b": arm({2: 0.5, 0: 0.45, 1: 0.47})}}
     values = pages.difference(runs, "digits", "a", "b")
     assert values == pytest.approx([5, 5, 4])
-    mean, deviation = statistics.fmean(values), statistics.stdev(values)
-    assert mean > 2 * deviation
-    assert pages._judgement(values) == "stands"
-    assert pages._judgement([-v for v in values]) == "a loss"
-    assert pages._judgement([5.0, -1.0, 3.0]) == "open"
-    assert pages._judgement([5.0, 5.0]) == "too few seeds"
-    # Figures of 100 images: their mean is two deviations, but for the rounding of binary fractions.
-    equal = [x - y for x, y in ((27.0, 28.0), (25.0, 28.0), (100 * 0.27, 100 * 0.29))]
-    assert pages._judgement(equal) == pages._judgement([-value for value in equal]) == "open"
+    # 4.303, the 97.5 % quantile of Student's t with two degrees of freedom, from a printed table
+    half = 4.303 * statistics.stdev(values) / 3**0.5
+    assert pages.interval(values, 360) == pytest.approx((14 / 3 - half, 14 / 3 + half), abs=1e-3)
+    assert pages._judgement(values, 360) == "a gain"
+    assert pages._judgement([-v for v in values], 360) == "a loss"
+    assert pages._judgement([5.0, -1.0, 3.0], 360) == "open"
+    assert pages._judgement([5.0, 5.0], 360) == "too few seeds"
+    assert pages._judgement([1.0, 1.0, 1.0], 100) == "a gain"
+    assert pages._judgement([1.0, 1.0, 1.0], 50) == "open", "seeds that agree to the one image by which they can differ"
 
 
 def test_what_autoattack_itself_doubted_stands_below_the_table():

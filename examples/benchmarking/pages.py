@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from art_saliency.evaluation.table import markdown_table
 from benchmarking.claims import CLAIMS, HEADLINE, HEADLINE_DIFFERENCES
 from benchmarking.figures import draw_all
-from benchmarking.grids import GRIDS, Grid
+from benchmarking.grids import GRIDS, HEADLINE_ARMS, Grid
 
 __all__ = ["load_runs", "rendered", "write_all"]
 
@@ -87,19 +88,35 @@ def difference(runs: Runs, grid: str, arm: str, versus: str, key: str = "autoatt
     return [100 * (run[key]["accuracy"] - other[run["seed"]]) for run in found.get(arm, []) if run["seed"] in other]
 
 
-def _judgement(values: Sequence[float]) -> str:
-    """A benefit stands when it exceeds two standard deviations over three seeds at least."""
+def interval(values: Sequence[float], images: int) -> tuple[float, float] | None:
+    """
+    Student's 95 % interval of a mean difference; of fewer than three seeds ``None``.
+
+    :param values: Seed by seed, in points. :param images: How many were judged: differences come in steps of one of them, so that
+        seeds which happen to agree to the image are not taken for certainty.
+    """
+    from scipy.stats import t
+
     if len(values) < 3:
+        return None
+    deviation = max(statistics.stdev(values), 100 / images / math.sqrt(12))
+    half = float(t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return mean - half, mean + half
+
+
+def _judgement(values: Sequence[float], images: int) -> str:
+    """A difference is shown when its interval leaves out zero."""
+    found = interval(values, images)
+    if found is None:
         return "too few seeds"
-    mean, twice = (
-        statistics.fmean(values),
-        2 * statistics.stdev(values) + 1e-9,
-    )  # what equals two deviations does not exceed them
-    return "stands" if mean > twice else "a loss" if mean < -twice else "open"
+    low, high = found
+    return "a gain" if low > 0 else "a loss" if high < 0 else "open"
 
 
-def _signed(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):+.1f}" + (f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+def _signed(values: Sequence[float], images: int) -> str:
+    mean, found = f"{statistics.fmean(values):+.1f}", interval(values, images)
+    return mean if found is None else f"{mean} ({found[0]:+.1f} to {found[1]:+.1f})"
 
 
 def _claims(runs: Runs) -> str:
@@ -112,11 +129,16 @@ def _claims(runs: Runs) -> str:
         values = difference(runs, grid, arm, versus)
         if not values:
             return "-"
-        cost = passes(grid, arm) / passes(grid, versus)
-        return f"{_signed(values)} at {cost:.2f}: {_judgement(values)}"
+        cost, images = passes(grid, arm) / passes(grid, versus), GRIDS[grid].images
+        return f"{_signed(values, images)} at {cost:.2f}: {_judgement(values, images)}"
 
     rows = [(arm, versus, *(cell(grid, arm, versus) for grid in runs)) for arm, versus in HEADLINE_DIFFERENCES]
-    return markdown_table(("arm", "against", *runs), rows, left=2)
+    return markdown_table(("arm", "against", *map(_with_seeds, runs)), rows, left=2)
+
+
+def _with_seeds(grid: str) -> str:
+    count = len(GRIDS[grid].seeds_of(HEADLINE_ARMS[0]))
+    return f"{grid}, {count} seed{'s' if count > 1 else ''}"
 
 
 def _differences(runs: Runs, grid: str, pairs: Iterable[tuple[str, str]]) -> str:
@@ -124,7 +146,8 @@ def _differences(runs: Runs, grid: str, pairs: Iterable[tuple[str, str]]) -> str
     for arm, versus in pairs:
         values = difference(runs, grid, arm, versus)
         if values:
-            rows.append((arm, versus, str(len(values)), _signed(values), _judgement(values)))
+            images = GRIDS[grid].images
+            rows.append((arm, versus, str(len(values)), _signed(values, images), _judgement(values, images)))
     return markdown_table(("arm", "against", "seeds", "AutoAttack, points", "verdict"), rows, left=2) if rows else ""
 
 
@@ -137,7 +160,7 @@ def _section(runs: Runs, grid: str, arms: Sequence[str], pairs: Iterable[tuple[s
     command = f"python examples/benchmark.py run {grid}{'' if settings.data else ' --data FILE'}"
     lines = [
         f"**{settings.title}**, {shared}, AutoAttack and transfer on {settings.images} {'held-out' if settings.held_out else 'test'} images{audited}; "
-        f"`{command}`{_of_file(settings)} ({count} of {settings.seeds * len(settings.arms)} runs stand):",
+        f"`{command}`{_of_file(settings)} ({count} of {len(settings.runs)} runs stand):",
         "",
         _table(runs, grid, arms),
         "",
@@ -145,7 +168,7 @@ def _section(runs: Runs, grid: str, arms: Sequence[str], pairs: Iterable[tuple[s
     ]
     if table := _differences(runs, grid, pairs):
         lines += [
-            "Seed by seed; a difference *stands* where its mean exceeds two standard deviations over at least three seeds:",
+            "Differences seed by seed, with Student's 95 % interval of their mean:",
             "",
             table,
             "",
@@ -195,8 +218,8 @@ def _final(runs: Runs) -> Runs:
 
 def _readme(runs: Runs) -> str:
     lines = [
-        "AutoAttack, points gained over another arm, seed by seed, mean and standard deviation, and at which part of its passes. A gain *stands* "
-        "where its mean exceeds two standard deviations over at least three seeds:",
+        "AutoAttack, points gained over another arm, seed by seed: mean, Student's 95 % interval, and at which part of the other's passes. It is "
+        "*a gain* or *a loss* where the interval leaves out zero, else *open*:",
         "",
         _claims(_final(runs)),
         "",

@@ -61,6 +61,7 @@ def settings_of(grid: Grid, entry: Contestant, seed: int) -> dict[str, Any]:
         "arms",
         "title",
         "seeds",
+        "headline_seeds",
         "audited",
         "data_sha256",
         "of_file",
@@ -126,7 +127,12 @@ def run_one(
         "data_sha256": data.fingerprint(),
         "versions": {**versions(), "art-saliency": __version__},
         "commit": _COMMIT,
-        "hardware": {"processor": _processor(), "threads": torch.get_num_threads(), "device": str(budget.device)},
+        "hardware": {
+            "processor": _processor(),
+            "capability": torch.backends.cpu.get_cpu_capability(),  # results of other kernels differ in their last bits
+            "threads": torch.get_num_threads(),
+            "device": str(budget.device),
+        },
         "history": {key: trained.trainer.history.column(key) for key in trained.trainer.history[-1]},
         "cost": cost_of(trained, budget),
         **_judged(
@@ -186,6 +192,7 @@ def _judged(
     found: dict[str, Any] = {
         **summary.to_json(),
         "transfer": _short(transferred.to_json()),
+        "withstood": {"autoattack": _bits(summary.autoattack.correct), "transfer": _bits(transferred.correct)},
         "saliency": _explained(model, x[:_EXPLAINED], y[:_EXPLAINED], threat),
         "maps": _packed(named_maps(0)["loss-gradient"](model, x[:_SHOWN], y[:_SHOWN])),
     }
@@ -229,6 +236,11 @@ def _packed(maps: Tensor) -> dict[str, Any]:
     size = size / size.flatten(1).amax(1).clamp_min(1e-30)[:, None, None]
     data = (255 * size).round().to(torch.uint8).cpu().numpy().tobytes()
     return {"shape": list(size.shape), "base64": base64.b64encode(data).decode()}
+
+
+def _bits(correct: Tensor) -> str:
+    """:return: One digit an image, 1 where it withstood: two arms can be compared image by image."""
+    return "".join("1" if right else "0" for right in correct.tolist())
 
 
 def _short(page: Mapping[str, Any]) -> dict[str, Any]:
