@@ -379,18 +379,29 @@ def test_a_difference_is_taken_seed_by_seed_and_judged_by_students_interval():
     assert pages._judgement([1.0, 1.0, 1.0], 50) == "open", "seeds that agree to the one image by which they can differ"
 
 
-def test_what_autoattack_itself_doubted_stands_below_the_table():
+def test_what_autoattack_itself_doubted_is_marked_in_the_table_and_told_below_it():
     def run(*warnings):
         return {"autoattack_details": {"warnings": list(warnings)}}
 
     found = {"a": [run("lost 1.00%. Try more"), run(), run("lost 12.00%. Try more")], "b": [run()], "c": [run("zeros")]}
-    assert pages._warnings(found) == [
-        'AutoAttack itself warned, "lost ...%. Try more", of seeds: `a` 2 of 3 (1.00%, 12.00%).',
-        "",
-        'AutoAttack itself warned, "zeros", of seeds: `c` 1 of 1.',
-        "",
-    ]
-    assert pages._warnings({"b": [run()]}) == []
+    marks = pages._marks({"digits": found, "mnist-0.2": {"c": [run("zeros")]}})
+    assert marks == {"lost ...%. Try more": "†", "zeros": "‡"}
+    assert pages._doubted(found, marks) == ["† `a` 2 of 3 (1.00%, 12.00%).", "", "‡ `c` 1 of 1.", ""]
+    assert pages._doubted({"b": [run()]}, marks) == []
+    assert pages._marks({"digits": {"b": [run()]}}) == {}
+    note = pages._note({"digits": found})
+    assert all(f"{mark} beside an accuracy" in note and f'"{words}"' in note for words, mark in marks.items())
+
+
+def test_a_row_is_marked_where_one_of_its_seeds_was_doubted(runs):
+    marked = 0
+    for grid, found in runs.items():
+        rows = {line.split("|")[1].strip(): line for line in pages._table(runs, grid, found).splitlines()[2:]}
+        for arm, those in found.items():
+            doubted = any(run["autoattack_details"]["warnings"] for run in those)
+            assert ("†" in rows[arm]) == doubted
+            marked += doubted
+    assert marked
 
 
 def test_the_page_of_audits_names_each_check_that_gave_the_verdict_and_its_figure():

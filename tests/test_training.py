@@ -32,6 +32,16 @@ def engine():
     return Engine("cpu")
 
 
+@pytest.mark.parametrize(("known", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_a_processor_without_bfloat16_says_so_and_no_other(known, precision, monkeypatch, recwarn):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: known)
+    Engine("cpu", precision=precision)
+    assert not recwarn.list
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with pytest.warns(UserWarning, match="precision: got 'bf16-mixed' on a processor without bfloat16 .*say '32-true'"):
+        Engine("cpu", precision="bf16-mixed")
+
+
 def run(engine, digits, *, model=None, objective=None, epochs=2, count=200, batch_size=64, lr=0.05, seed=0, **options):
     torch.manual_seed(0)
     model = small_network() if model is None else model

@@ -23,6 +23,7 @@ Runs = dict[str, dict[str, list[dict[str, Any]]]]
 _BEGIN, _END = "<!-- results -->", "<!-- end of results -->"
 _PLACE = re.compile(f"{_BEGIN}(.*?){_END}", re.DOTALL)
 _CARDS = ("adv-gsct", "j-sigr", "aalp", "fsr")
+_MARKS = "†‡§¶"
 _PERCENT = re.compile(r"\d+(?:\.\d+)?%")
 _RELATED = 8  # arms, from which a correlation over them is worth a word
 _HEADER = ("arm", "seeds", "clean %", "PGD-20 %", "AutoAttack %", "transfer %", "consensus", "passes / step", "audit")
@@ -66,11 +67,15 @@ def _verdict(runs: Iterable[dict[str, Any]]) -> str:
     return next((run["audit"]["verdict"].split()[0] for run in runs if "audit" in run), "-")
 
 
-def _row(arm: str, runs: list[dict[str, Any]]) -> tuple[str, ...]:
+def _row(arm: str, runs: list[dict[str, Any]], marks: dict[str, str]) -> tuple[str, ...]:
+    doubts = {words for words, _ in _doubts(runs)}
+    mark = "".join(sign for words, sign in marks.items() if words in doubts)
     return (
         arm,
         str(len(runs)),
-        *(_accuracy(runs, key) for key in ("clean", "pgd20", "autoattack", "transfer")),
+        *(_accuracy(runs, key) for key in ("clean", "pgd20")),
+        f"{_accuracy(runs, 'autoattack')} {mark}".rstrip(),
+        _accuracy(runs, "transfer"),
         _spread([run["saliency"]["consensus"]["mean"] for run in runs], 2, 1),
         f"{statistics.median(run['cost']['passes_per_step'] for run in runs):.1f}",
         _verdict(runs),
@@ -78,7 +83,8 @@ def _row(arm: str, runs: list[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def _table(runs: Runs, grid: str, arms: Iterable[str]) -> str:
-    return markdown_table(_HEADER, [_row(arm, runs[grid][arm]) for arm in arms if arm in runs[grid]])
+    marks = _marks(runs)
+    return markdown_table(_HEADER, [_row(arm, runs[grid][arm], marks) for arm in arms if arm in runs[grid]])
 
 
 def difference(runs: Runs, grid: str, arm: str, versus: str, key: str = "autoattack") -> list[float]:
@@ -164,7 +170,7 @@ def _section(runs: Runs, grid: str, arms: Sequence[str], pairs: Iterable[tuple[s
         "",
         _table(runs, grid, arms),
         "",
-        *_warnings({arm: runs[grid][arm] for arm in arms if arm in runs[grid]}),
+        *_doubted({arm: runs[grid][arm] for arm in arms if arm in runs[grid]}, _marks(runs)),
     ]
     if table := _differences(runs, grid, pairs):
         lines += [
@@ -176,22 +182,41 @@ def _section(runs: Runs, grid: str, arms: Sequence[str], pairs: Iterable[tuple[s
     return lines
 
 
-def _warnings(found: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """What AutoAttack itself doubted: each of its warnings once, with the arms, their seeds and the figures in it."""
-    doubted: dict[str, dict[str, list[str]]] = {}
-    for arm, those in found.items():
-        for run in those:
-            for warning in run["autoattack_details"]["warnings"]:
-                figures, words = _PERCENT.findall(warning), _PERCENT.sub("...%", warning)
-                doubted.setdefault(words, {}).setdefault(arm, []).append(" ".join(figures))
+def _doubts(runs: Iterable[dict[str, Any]]) -> list[tuple[str, str]]:
+    """:return: What AutoAttack itself doubted of a run each, in words that are the same for every run, and the figures in it."""
+    warnings = [warning for run in runs for warning in run["autoattack_details"]["warnings"]]
+    return [(_PERCENT.sub("...%", warning), " ".join(_PERCENT.findall(warning))) for warning in warnings]
+
+
+def _marks(runs: Runs) -> dict[str, str]:
+    """:return: A footnote mark for each of AutoAttack's warnings."""
+    every = sorted({words for found in runs.values() for those in found.values() for words, _ in _doubts(those)})
+    return dict(zip(every, _MARKS, strict=False))
+
+
+def _doubted(found: dict[str, list[dict[str, Any]]], marks: dict[str, str]) -> list[str]:
+    """Below a table: each warning's arms, in how many of their seeds it was given, and the figures in it."""
     lines: list[str] = []
-    for words, arms in doubted.items():
-        told = [
-            f"`{arm}` {len(figures)} of {len(found[arm])}" + (f" ({', '.join(figures)})" if any(figures) else "")
-            for arm, figures in arms.items()
-        ]
-        lines += [f'AutoAttack itself warned, "{words}", of seeds: {"; ".join(told)}.', ""]
+    for words, mark in marks.items():
+        told = []
+        for arm, those in found.items():
+            figures = [its for run in those for said, its in _doubts([run]) if said == words]
+            if figures:
+                told.append(
+                    f"`{arm}` {len(figures)} of {len(those)}" + (f" ({', '.join(figures)})" if any(figures) else "")
+                )
+        if told:
+            lines += [f"{mark} {'; '.join(told)}.", ""]
     return lines
+
+
+def _note(runs: Runs) -> str:
+    """At the end of a page's tables: what their columns and marks mean."""
+    doubts = [
+        f'{mark} beside an accuracy, and below the table of how many seeds: AutoAttack itself warned, "{words}"'
+        for words, mark in _marks(runs).items()
+    ]
+    return " ".join([_NOTE, *doubts])
 
 
 def _inner(grid: Grid) -> str:
@@ -226,7 +251,7 @@ def _readme(runs: Runs) -> str:
     ]
     for grid in _final(runs):
         lines += _section(runs, grid, HEADLINE, ())
-    lines += [_NOTE, "", "![Robustness against cost](examples/results/figures/cost.png)", ""]
+    lines += [_note(_final(runs)), "", "![Robustness against cost](examples/results/figures/cost.png)", ""]
     lines += [
         "All arms, controls, combinations, differences and figures: [examples/results/RESULTS.md](examples/results/RESULTS.md)."
     ]
@@ -238,7 +263,12 @@ def _card(runs: Runs, name: str) -> str:
     for grid in runs:
         lines += _section(runs, grid, CLAIMS[name].arms, CLAIMS[name].differences)
     return "\n".join(
-        [*lines, _NOTE, "", f"Figure: `examples/results/figures/{name}.png`. Every number's run: `examples/results/`."]
+        [
+            *lines,
+            _note(runs),
+            "",
+            f"Figure: `examples/results/figures/{name}.png`. Every number's run: `examples/results/`.",
+        ]
     )
 
 
@@ -256,7 +286,7 @@ def _results(runs: Runs) -> str:
             "",
             *_section(runs, grid, GRIDS[grid].arms, [p for claim in CLAIMS.values() for p in claim.differences]),
         ]
-    lines += [_NOTE, "", "## Audits", "", *_audits(_final(runs)), "## Figures", ""]
+    lines += [_note(runs), "", "## Audits", "", *_audits(_final(runs)), "## Figures", ""]
     for name, words in [("cost", "Robustness against cost"), *((name, claim.title) for name, claim in CLAIMS.items())]:
         lines += [f"![{words}](figures/{name}.png)", ""]
     lines += ["## Interpretability", "", *_interpretability(_final(runs))]
