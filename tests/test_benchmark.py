@@ -46,7 +46,7 @@ def test_pages_are_current(runs):
     assert stale == [], "python examples/benchmark.py pages"
 
 
-@pytest.mark.parametrize("name", figure_names())
+@pytest.mark.parametrize("name", figure_names(pages.load_runs(RESULTS)))
 def test_a_figure_shows_what_the_runs_say(name, runs):
     assert recorded(RESULTS / "figures" / f"{name}.png", runs, name), "python examples/benchmark.py pages"
 

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,9 @@ _NAME_HEIGHT = 0.045  # of the axes
 _ALSO_NAMED = ("adapter+pgd-at", "j-sigr", "fsr+adv-gsct", "pgd-at:ema=0.99:awp=0.005")
 
 
-def figure_names() -> tuple[str, ...]:
-    """:return: Of all figures."""
-    return ("cost", *CLAIMS, "consensus", *(f"{_MAPS}{grid}" for grid, its in GRIDS.items() if not its.held_out))
+def figure_names(grids: Iterable[str]) -> tuple[str, ...]:
+    """:param grids: Those that have runs. :return: Of all figures."""
+    return ("cost", *CLAIMS, "consensus", *(f"{_MAPS}{grid}" for grid in grids if not GRIDS[grid].held_out))
 
 
 def _point(those: list[dict[str, Any]], *keys: str) -> list[float]:
@@ -48,7 +48,9 @@ def _point(those: list[dict[str, Any]], *keys: str) -> list[float]:
 
 
 def content(runs: Runs, name: str) -> Any:
-    """:return: All that a figure shows, JSON-able: what its hash is of. Grids with hardly an arm, or for tuning, are left out."""
+    """:return: All that a figure shows, JSON-able: what its hash is of. Beside others, grids with hardly an arm, or for tuning, are left out."""
+    if name.startswith(_MAPS):
+        return {a: those[0]["maps"] for a, those in runs[name.removeprefix(_MAPS)].items()}
     wanted = set(CLAIMS[name].arms) if name in CLAIMS else None
     runs = {
         g: found
@@ -59,8 +61,6 @@ def content(runs: Runs, name: str) -> Any:
         return _points(runs, ("cost", "passes_per_step"))
     if name == "consensus":
         return _points(runs, ("saliency", "consensus", "mean"))
-    if name.startswith(_MAPS):
-        return {a: those[0]["maps"] for a, those in runs[name.removeprefix(_MAPS)].items()}
     keys = ("clean", "autoattack", "transfer")
     return {
         g: {a: {key: _point(found[a], key, "accuracy") for key in keys} for a in CLAIMS[name].arms if a in found}
@@ -212,10 +212,10 @@ def draw_all(runs: Runs, folder: Path) -> list[Path]:
         "cost": lambda: _scatter(runs, "cost", "forward-backward passes a step (standard training: 1)"),
         **{name: (lambda name=name: _bars(runs, name)) for name in CLAIMS},
         "consensus": lambda: _scatter(runs, "consensus", "saliency consensus, clean and under PGD-20"),
-        **{name: (lambda name=name: _maps(runs, name)) for name in figure_names() if name.startswith(_MAPS)},
+        **{name: (lambda name=name: _maps(runs, name)) for name in figure_names(runs) if name.startswith(_MAPS)},
     }
     written = []
-    for name in figure_names():
+    for name in figure_names(runs):
         path = folder / f"{name}.png"
         if not (path.is_file() and recorded(path, runs, name)):
             draws[name]().savefig(path, metadata={"Source": _hash(content(runs, name)), "Software": None})
