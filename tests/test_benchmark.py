@@ -379,6 +379,19 @@ def test_a_difference_is_taken_seed_by_seed_and_judged_by_students_interval():
     assert pages._judgement([1.0, 1.0, 1.0], 50) == "open", "seeds that agree to the one image by which they can differ"
 
 
+def test_what_hangs_on_the_images_is_the_spread_of_their_gains_over_seeds(monkeypatch):
+    def arm(outcomes):
+        return [{"seed": seed, "withstood": {"autoattack": bits}} for seed, bits in outcomes.items()]
+
+    runs = {"digits": {"a": [*arm({0: "1100", 1: "1110"}), {"seed": 5}], "b": arm({1: "1000", 0: "1000", 7: "1111"})}}
+    monkeypatch.setitem(grids.GRIDS, "digits", replace(grids.GRIDS["digits"], images=4))
+    gains = [0, 1, 0.5, 0]  # image by image, the mean of seeds 0 and 1
+    expected = 100 * 1.96 * np.std(gains, ddof=1) / 2
+    assert pages.of_other_images(runs, "digits", "a", "b") == (2, pytest.approx(expected))
+    assert pages.of_other_images({"digits": {"a": [{"seed": 5}], "b": runs["digits"]["b"]}}, "digits", "a", "b") is None
+    assert pages.of_other_images(runs, "mnist-0.2", "a", "b") is None
+
+
 def test_what_autoattack_itself_doubted_is_marked_in_the_table_and_told_below_it():
     def run(*warnings):
         return {"autoattack_details": {"warnings": list(warnings)}}
