@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 import benchmark  # noqa: E402
 from benchmarking import grids, pages, running  # noqa: E402
-from benchmarking.claims import CLAIMS, HEADLINE, HEADLINE_DIFFERENCES  # noqa: E402
+from benchmarking.claims import CLAIMS, HEADLINE, TARGETS, Target  # noqa: E402
 from benchmarking.figures import figure_names, recorded  # noqa: E402
 
 from art_saliency.data import load_data  # noqa: E402
@@ -105,7 +105,7 @@ def test_claims_name_arms_that_are_run():
     for claim in CLAIMS.values():
         assert set(claim.arms) <= known
         assert {arm for pair in claim.differences for arm in pair} <= known
-    headline = {*HEADLINE, *(arm for pair in HEADLINE_DIFFERENCES for arm in pair)}
+    headline = {*HEADLINE, *(arm for target in TARGETS for arm in (target.arm, target.versus))}
     assert headline == set(grids.HEADLINE_ARMS)
     assert headline <= set(grids.GRIDS["digits"].arms)
 
@@ -377,6 +377,26 @@ def test_a_difference_is_taken_seed_by_seed_and_judged_by_students_interval():
     assert pages._judgement([5.0, 5.0], 360) == "too few seeds"
     assert pages._judgement([1.0, 1.0, 1.0], 100) == "a gain"
     assert pages._judgement([1.0, 1.0, 1.0], 50) == "open", "seeds that agree to the one image by which they can differ"
+
+
+def test_a_target_is_met_by_the_whole_interval(monkeypatch):
+    def arm(*values):
+        cost = {"passes_per_step": len(values)}
+        return [
+            {"seed": seed, "cost": cost, "autoattack": {"accuracy": 0.0}, "transfer": {"accuracy": value}}
+            for seed, value in enumerate(values)
+        ]
+
+    runs = {"digits": {"a": arm(0.50, 0.52, 0.54), "b": arm(0.45, 0.47, 0.50)}}
+    low, high = pages.interval([5, 5, 4], 360)
+    for least, verdict in ((low - 0.1, "met"), (low + 0.1, "open"), (high - 0.1, "open"), (high + 0.1, "missed")):
+        monkeypatch.setattr(pages, "TARGETS", (Target("a", "b", least, "transfer"), Target("a", "c", 0)))
+        first, second = (
+            [cell.strip() for cell in line.strip("|").split("|")] for line in pages._targets(runs).splitlines()[2:]
+        )
+        assert first[:4] == ["a", "b", "transfer", f"{least:+.1f}"]
+        assert first[4] == f"+4.7 ({low:+.1f} to {high:+.1f}) at 1.00: {verdict}"
+        assert second[4] == "-"
 
 
 def test_what_hangs_on_the_images_is_the_spread_of_their_gains_over_seeds(monkeypatch):

@@ -6,25 +6,43 @@ from dataclasses import dataclass
 
 from benchmarking.grids import ADV_GSCT_FORMS, ADV_GSCT_TRIED, J_SIGR_FORMS, J_SIGR_TRIED, METHODS
 
-__all__ = ["CLAIMS", "HEADLINE", "HEADLINE_DIFFERENCES", "Claim"]
+__all__ = ["CLAIMS", "HEADLINE", "TARGETS", "Claim", "Target"]
 
 HEADLINE = METHODS
 """The rows of the README's tables."""
 
+
+@dataclass(frozen=True)
+class Target:
+    """
+    What a method must reach beside another arm.
+
+    :ivar arm: The method. :ivar versus: What it is held against. :ivar least: The difference it must show, in points.
+    :ivar key: Of which accuracy: that under AutoAttack, or under transferred attacks.
+    """
+
+    arm: str
+    versus: str
+    least: float
+    key: str = "autoattack"
+
+
 _WEAKER = ":lambda_sep=0.1:lambda_rec=0.1"
-HEADLINE_DIFFERENCES = (
-    ("adv-gsct", "pgd-at"),
-    ("adv-gsct", "fgsm-rs"),
-    ("j-sigr@silu", "pgd-at"),
-    ("aalp", "pgd-at"),
-    ("aalp", "alp"),
-    ("fsr+pgd-at", "pgd-at"),
-    (f"fsr+pgd-at{_WEAKER}", "pgd-at"),
-    (f"fsr+pgd-at{_WEAKER}", "adapter+pgd-at"),
-    (f"fsr+adv-gsct{_WEAKER}", "pgd-at"),
-    (f"fsr+adv-gsct{_WEAKER}", "adapter+adv-gsct"),
+TARGETS = (
+    Target("adv-gsct", "pgd-at", -1.0),
+    Target("adv-gsct", "fgsm-rs", 0.0),
+    Target("j-sigr@silu", "pgd-at", -10.0),
+    Target("j-sigr@silu", "pgd-at", 0.0, "transfer"),
+    Target("aalp", "pgd-at", 0.5),
+    Target("aalp", "alp", 1.0),
+    Target("fsr+pgd-at", "pgd-at", 1.0),
+    Target("fsr+pgd-at", "adapter+pgd-at", 0.5),
+    Target(f"fsr+pgd-at{_WEAKER}", "pgd-at", 4.0),
+    Target(f"fsr+pgd-at{_WEAKER}", "adapter+pgd-at", 0.5),
+    Target(f"fsr+adv-gsct{_WEAKER}", "pgd-at", 4.0),
+    Target(f"fsr+adv-gsct{_WEAKER}", "adapter+adv-gsct", 0.5),
 )
-"""(arm, versus): what each method is for, and what it must exceed."""
+"""What each method is for, and what it must exceed. They were set for a ResNet-18 on all of CIFAR-10."""
 
 
 @dataclass(frozen=True)
