@@ -87,7 +87,7 @@ LOSSES: dict[str, AttackLoss] = {"cross-entropy": cross_entropy, "margin": margi
 
 def attack_loss(loss: str | AttackLoss) -> AttackLoss:
     """:return: The loss of that name, or the callable itself."""
-    return loss if callable(loss) else LOSSES[_checks.one_of("loss", loss, LOSSES)]
+    return _checks.function("loss", loss, LOSSES)
 
 
 def _ascend(

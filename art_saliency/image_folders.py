@@ -109,8 +109,10 @@ class _Loader(DataLoader[Any]):
 
 def _undisturbed(_: int) -> None:
     """
-    A worker is forked with the run's own handlers of signals. Ctrl-C reaches every process of a terminal, and what the run still needs
-    of a worker, it is to have; by SIGTERM the loader ends a worker.
+    Give a worker, which is forked with the run's handlers of signals, its own.
+
+    Ctrl-C reaches every process of a terminal: workers ignore it, so that the run can still finish its step. SIGTERM is how the
+    loader ends a worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

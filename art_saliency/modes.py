@@ -73,14 +73,14 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
 
     :param modules: The networks.
     """
-    flags = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
+    live = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     try:
-        for parameter, _ in flags:
+        for parameter in live:
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for parameter in live:
+            parameter.requires_grad_(True)
 
 
 def tensor_float32() -> bool:

@@ -64,13 +64,13 @@ def test_train_writes_a_run_that_load_gives_back(folder):
 
 
 def test_evaluate_measures_with_autoattack_and_refuses_to_replace(folder, capsys):
-    words = ["evaluate", str(folder / "run"), "--images", "24", "--device", "cpu", "--quiet"]
+    words = ["evaluate", str(folder / "run"), "--images", "8", "--device", "cpu", "--quiet"]
     assert main([*words, "--force"]) == 0
     out, err = capsys.readouterr()
     assert "AutoAttack (standard)" in out
     assert err == ""
     result = json.loads((folder / "run" / "evaluation.json").read_text())
-    assert result["images"] == 24
+    assert result["images"] == 8
     assert result["autoattack"]["accuracy"] <= result["pgd20"]["accuracy"] <= result["clean"]["accuracy"]
     low, high = result["autoattack"]["interval_95"]
     assert low <= result["autoattack"]["accuracy"] <= high

@@ -51,7 +51,7 @@ _T = TypeVar("_T")
 
 @contextmanager
 def going_on() -> Iterator[None]:
-    """Around ``fit``: ``--resume`` takes up what is there, so that a training which was over before its run was written down is no surprise."""
+    """Around ``fit``: no warning that nothing was trained, as ``--resume`` asks for whatever is there, a finished training included."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* is over: its weights were taken", NoEffectWarning)
         yield

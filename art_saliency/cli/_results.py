@@ -26,7 +26,7 @@ def has_begun(out: Path) -> bool:
 
 
 def begin(budget: Budget, arms: Sequence[Arm], out: Path) -> None:
-    """Write what a comparison that is interrupted goes on from, in place of what one that was here before would have gone on from."""
+    """Write the page from which ``--resume`` goes on, and take away what an earlier comparison in this folder left for its own."""
     from art_saliency.training.checkpoint import clear
 
     out.mkdir(parents=True, exist_ok=True)

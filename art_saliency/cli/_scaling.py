@@ -24,10 +24,11 @@ def counts(methods: str, *, network: str, side: int, eps: float, max_iter: int) 
 
     from art_saliency import _checks
     from art_saliency.cli._arms import parse_arms
+    from art_saliency.methods.base import Batch
     from art_saliency.networks import build_network
     from art_saliency.trainers.methods import TRAINERS
     from art_saliency.trainers.runs import make_classifier
-    from art_saliency.training.scaling import counted_passes
+    from art_saliency.training.cost import forward_backward_passes
 
     arms = parse_arms("--methods", methods, options=(), common=())
     for arm in arms:
@@ -37,6 +38,7 @@ def counts(methods: str, *, network: str, side: int, eps: float, max_iter: int) 
     shape = (3, side, side)
     torch.manual_seed(0)
     plain = build_network(network, num_classes=1000, input_shape=shape)
+    batch = Batch(torch.rand(2, *shape), torch.arange(2))
     found = {}
     for arm in arms:
         model = copy.deepcopy(plain)
@@ -47,7 +49,7 @@ def counts(methods: str, *, network: str, side: int, eps: float, max_iter: int) 
         if "max_iter" in names:
             parameters.setdefault("max_iter", max_iter)
         objective = kind(classifier, **parameters).objective
-        passes = counted_passes(plain, {arm.name: (classifier.model, objective)}, shape)[arm.name]
+        passes = forward_backward_passes(classifier.model, objective, batch, plain=plain)
         found[arm.name] = (passes, objective.double_backward)
     return found
 
@@ -69,7 +71,7 @@ def table(found: Mapping[str, tuple[float, bool]]) -> str:
     header += ["in steps, 64 GPUs", "cores a GPU"]
     rows = []
     for name, (passes, double_backward) in found.items():
-        passes = round(passes, 2)  # so that the table can be had of itself
+        passes = round(passes, 2)  # as printed, so that a reader can compute the row from it
         costs = {
             (epochs, gpus): gpu_hours(passes, double_backward=double_backward, gpus=gpus, job=Job(epochs))
             for epochs in _EPOCHS

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from art_saliency import _checks
-from art_saliency.attacks import AttackLoss, fgsm, pgd
+from art_saliency.attacks import AttackLoss, fgsm, margin, pgd
 from art_saliency.errors import UnsupportedModelError
 from art_saliency.evaluation._audit_copies import Averaged
 from art_saliency.evaluation._inputs import right_answers, unbroken
@@ -245,8 +245,7 @@ class Laboratory:
                 moved = self.threat.project(
                     x + self.threat.eps * self.threat.ascent_direction(uniform(x, random) - 0.5), x
                 )
-            logits = self.logits(moved)
-            wrong = logits.scatter(1, y[:, None], -torch.inf).amax(1) - logits.gather(1, y[:, None])[:, 0]
+            wrong = margin(self.logits(moved), y)
             better = wrong > score
             worst = torch.where(better.view(-1, *[1] * (x.ndim - 1)), moved, worst)
             score = torch.where(better, wrong, score)

@@ -78,7 +78,7 @@ def changes_of(version: str, deviations: Sequence[str]) -> list[str]:
 
 
 def in_words(version: str, deviations: Sequence[str]) -> str:
-    """:return: What may be called by a version's name is, and what was changed says so: ``"standard, changed: 5 classes"``."""
+    """:return: The version's name and, where anything of it was changed, what: ``"standard, changed: 5 classes"``."""
     causes = dict.fromkeys(each.partition(":")[0] for each in changes_of(version, deviations))
     return f"{version}, changed: {', '.join(causes)}" if causes else version
 

@@ -243,7 +243,7 @@ def aalp_loss(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """
-    A CE(z^m, y) + (1 - a) CE(z~^m, y) + lam * mean_i w_i mean_k (z^m_ik - z~^m_ik)^2: ALP's loss with sample weights.
+    The loss a CE(z^m, y) + (1 - a) CE(z~^m, y) + lam mean_i w_i mean_k (z^m_ik - z~^m_ik)^2: ALP's, with sample weights.
 
     :param clean_logits: (N, K), z^m, of the masked network where the branch is masked.
     :param adv_logits: (N, K), z~^m.

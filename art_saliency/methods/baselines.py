@@ -365,16 +365,7 @@ class FGSMRS(PGDAT):
 
     def maximise(self, model: nn.Module, batch: Batch, threat: ThreatModel, eps_step: float | None) -> Tensor:
         """:return: (N, C, H, W), the images of one step of 1.25 * eps (or `eps_step`) from a random start."""
-        return pgd(
-            model,
-            batch.x,
-            batch.y,
-            threat=threat,
-            max_iter=1,
-            eps_step=1.25 * threat.eps if eps_step is None else eps_step,
-            random_start=self.random_start,
-            random=batch.random,
-        )
+        return super().maximise(model, batch, threat, 1.25 * threat.eps if eps_step is None else eps_step)
 
 
 class TRADES(AdversarialObjective):

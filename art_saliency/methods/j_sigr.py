@@ -501,7 +501,7 @@ class JSIGR(Objective):
     ) -> Tensor:
         """
         :param gradient: (N, C, H, W), along which the function `on` of the logits rises most. :param logits: Those of `x`.
-        :return: (N,) sizes: a slope along the steepest direction is the (dual) length of the gradient, as of one of one pixel.
+        :return: (N,) sizes of the gradient: the slope along its steepest direction is its dual norm, whose penalty is that of a gradient of one pixel.
         """
         difference = on(self._shifted_logits(model, x, gradient)) - on(logits)
         return self._size((difference / self.h)[:, None])

@@ -81,7 +81,7 @@ def _is_feature_map(output: Tensor | None, logits: Tensor) -> bool:
 
 
 def _guided_instead(last: _Call, consumer: _Call, shared: bool) -> bool:
-    """:return: Whether the next module's input is the map after its ReLU, or the only place that is passed once."""
+    """:return: Whether to guide the next module's input instead: it is the map after its ReLU, or `last` is used more than once."""
     if last.output is None or consumer.consumed is None or consumer.consumed.ndim not in (2, 4):
         return False
     if consumer.consumed.shape[1] != last.output.shape[1]:

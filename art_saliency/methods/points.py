@@ -16,7 +16,7 @@ Point = Callable[[Tensor, ThreatModel, RandomSource | None], Tensor]
 
 
 def extreme_point(x: Tensor, threat: ThreatModel, random: RandomSource | None) -> Tensor:
-    """:return: A random extreme point of the ball (a corner for Linf), where adversarial examples lie; it is none, being random."""
+    """:return: A random extreme point of the ball (a corner for Linf): as far away as an adversarial example, in no chosen direction."""
     return threat.random_extreme_point(x, random)
 
 

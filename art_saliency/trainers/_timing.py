@@ -173,7 +173,7 @@ def exact_memory() -> Iterator[None]:
     """
     Let glibc map every large block by itself for the duration, so that what is freed is gone at once.
 
-    As it comes, it keeps freed blocks of up to 32 MiB, and equal turns then differ by a fifth; so, they differ by half a percent.
+    By default it keeps freed blocks of up to 32 MiB, and peaks of equal turns differ by a fifth; inside this context, by half a percent.
     To be entered before there is much to keep: what it has kept already it goes on using. Its own thresholds grow and cannot be
     had back; afterwards they stand where that growth would end.
     """

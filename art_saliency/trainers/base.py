@@ -254,7 +254,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         :return: (N, K).
         """
         low, high = self._network.low, self._network.high
-        images, _ = self._images("x", x)
+        images = self._images("x", x)
         images = to_unit(images) * (high - low) + low if images.dtype == torch.uint8 else images
         result: np.ndarray[Any, Any] = self._classifier.predict(images.float().cpu().numpy(), **kwargs)
         return result
@@ -277,7 +277,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
 
     def _viewed(self, x: Any, y: Any, *, name: str = "x") -> tuple[ImageView, Tensor]:
         """:meth:`prepare`, with images that a file holds left there."""
-        images, _ = self._images(name, x)
+        images = self._images(name, x)
         soft, label_name = self.objective.soft_labels, "y" if name == "x" else f"labels of {name}"
         targets = _checks.labels(y, len(images), self._classifier.nb_classes, name=label_name, soft=soft)
         if _checks.is_mapped(x):
@@ -297,13 +297,13 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         images = images.float()
         return images if (low, high) == (0.0, 1.0) else ((images - low) / (high - low)).clamp_(0, 1)
 
-    def _images(self, name: str, x: Any) -> tuple[Tensor, tuple[float, float]]:
+    def _images(self, name: str, x: Any) -> Tensor:
         low, high = self._network.low, self._network.high
         whole_bytes = (low, high) in ((0.0, 255.0), (0.0, 1.0))
         images = _checks.images(
             x, name=name, low=low, high=high, shape=tuple(self._classifier.input_shape), allow_uint8=whole_bytes
         )
-        return images if high != 1 else _checks.bytes_of_pixels(name, images), (low, high)
+        return images if high != 1 else _checks.bytes_of_pixels(name, images)
 
     def _maps(
         self,

@@ -214,7 +214,7 @@ def read_run(folder: str | Path) -> dict[str, Any]:
 
 
 def readable(path: Path) -> Path:
-    """:return: The path, of a file that may be read or of none. :raises OSError: Where it may not: it is not damaged."""
+    """:return: The path as it is. :raises OSError: When its file may not be read, which is not to be taken for damage."""
     if path.is_file():
         with path.open("rb"):
             pass

@@ -33,13 +33,6 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def _operations(model: nn.Module, objective: Objective, batch: Batch) -> int:
-    model = copy.deepcopy(model).train()
-    with second_derivatives(objective.double_backward), _Counter() as counter:
-        step_terms(objective, model, batch).loss.backward()  # type: ignore[no-untyped-call]
-    return int(counter.total)
-
-
 def forward_backward_passes(
     model: nn.Module, objective: Objective, batch: Batch, *, plain: nn.Module | None = None
 ) -> float:
@@ -68,4 +61,7 @@ def step_operations(model: nn.Module, objective: Objective, batch: Batch) -> int
     batch.progress, batch.random = 1.0, RandomSource(0, batch.x.device)
     if objective.needs_maps and batch.maps is None:
         batch.maps = torch.zeros_like(batch.x[:, :1])  # a step of a run has them: they are made once, before training
-    return _operations(model, objective, batch)
+    model = copy.deepcopy(model).train()
+    with second_derivatives(objective.double_backward), _Counter() as counter:
+        step_terms(objective, model, batch).loss.backward()  # type: ignore[no-untyped-call]
+    return int(counter.total)

@@ -38,25 +38,22 @@ def launched() -> tuple[int, int]:
 
 def _slow_in_bfloat16() -> bool:
     """:return: Whether torch's kernels for this processor know no bfloat16: what stands in for them took ten times as long as float32."""
-    return torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    known = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call, unused-ignore]
+    return bool(known and not torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class Engine:
     """
     Device, precision and strategy of a run.
 
-    One process needs nothing of Fabric's wrapping, which costs a hook a forward pass, and gets none. Several, which a launcher
+    One process needs nothing of Fabric, whose wrapping costs a hook a forward pass, and does not import it. Several, which a launcher
     started, share every batch: each computes its rows, and DDP averages the gradients. It never starts processes itself.
-    Fabric is imported here, when training starts: it takes a second.
 
     :param device: Where the network lies.
     :param precision: ``"32-true"``, or ``"bf16-mixed"`` for first-order passes.
     """
 
     def __init__(self, device: torch.device | str, *, precision: str = "32-true") -> None:
-        from lightning_fabric import Fabric
-        from lightning_fabric.strategies.ddp import DDPStrategy
-
         self.device = torch.device(device)
         self.precision = _checks.one_of("precision", precision, PRECISIONS)
         if self.precision != "32-true" and self.device.type == "cpu" and _slow_in_bfloat16():
@@ -66,13 +63,13 @@ class Engine:
                 "as in float32; say '32-true'",
                 stacklevel=2,
             )
-        accelerator = {"cuda": "gpu", "cpu": "cpu", "mps": "mps"}.get(self.device.type, "auto")
         self.rank, self.world_size = launched()
         self.plain = self.world_size == 1
         if self.plain:
-            devices: Any = [self.device.index or 0] if self.device.type == "cuda" else 1
-            self.fabric = Fabric(accelerator=accelerator, devices=devices, precision="32-true")
             return
+        from lightning_fabric import Fabric
+        from lightning_fabric.strategies.ddp import DDPStrategy
+
         here = int(os.environ["LOCAL_WORLD_SIZE"])
         # Sending buffers before every forward pass would change BatchNorm's under a step's earlier passes.
         known = inspect.signature(torch.nn.parallel.DistributedDataParallel.__init__).parameters
@@ -81,7 +78,7 @@ class Engine:
         buffers: dict[str, Any] = {name: False}
         strategy = DDPStrategy(**buffers)
         self.fabric = Fabric(
-            accelerator=accelerator,
+            accelerator={"cuda": "gpu", "cpu": "cpu", "mps": "mps"}.get(self.device.type, "auto"),
             devices=here,
             num_nodes=self.world_size // here,
             strategy=strategy,

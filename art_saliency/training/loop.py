@@ -49,7 +49,7 @@ class Run:
     :ivar stopping: Set it to end the run after this epoch, as if it were the last one.
     :ivar extensions: What hangs on the run, in order. :ivar guard: Against what is not finite.
     :ivar epoch_step: Steps of this epoch that are done. :ivar epoch_started: When it began, on ``time.perf_counter()``.
-    :ivar epoch_random: The random states of its start. :ivar sums: Of its figures. :ivar warned: Whether the objective was worried.
+    :ivar epoch_random: The random states of its start. :ivar sums: Of its figures. :ivar warned: Whether one of the objective's warnings was given.
     """
 
     guard: FiniteGuard

@@ -117,7 +117,6 @@ class Progress(Extension):
     A bar on the terminal: epochs, loss, training and validation accuracy. It waits for the device once an epoch only.
 
     :param label: What stands before the bar.
-    :param steps: Whether it moves with every step, or every epoch only.
     """
 
     def __init__(self, label: str) -> None:

@@ -6,23 +6,13 @@ Nothing here was timed on a GPU. ``art-saliency bench --scaling`` counts anew an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import nn
-
-from art_saliency.methods.base import Batch, Objective
-from art_saliency.methods.baselines import Standard
-from art_saliency.randomness import global_generators_kept
-from art_saliency.training.cost import step_operations
 
 __all__ = [
     "DECODED_PER_SECOND",
     "Cost",
     "Job",
     "Machine",
-    "counted_passes",
     "gpu_hours",
 ]
 
@@ -110,7 +100,7 @@ def gpu_hours(
     G GPUs, E epochs of I images, b images a step and GPU, p passes of f operations, r operations a second, P parameters of 4 bytes over a
     ring of w bytes a second, hidden behind nothing; V images validated at v passes each, on every GPU at r2, TF32's rate.
 
-    :param passes: p, of one step of the method, as :func:`counted_passes` counts. :param double_backward: Whether r is TF32's.
+    :param passes: p, of one step of the method, as :func:`~art_saliency.training.cost.forward_backward_passes` counts. :param double_backward: Whether r is TF32's.
     :param gpus: G. :param job: E, I, f, P, b, V, v. :param machine: r, w; ``None`` is :class:`Machine`'s.
     :param decoded: Pictures that a core decodes a second.
     """
@@ -131,20 +121,3 @@ def gpu_hours(
         validating=validating / seconds,
         cores=rate / (passes * job.operations) / decoded,
     )
-
-
-def counted_passes(
-    plain: nn.Module, methods: Mapping[str, tuple[nn.Module, Objective]], shape: tuple[int, int, int]
-) -> dict[str, float]:
-    """
-    What a step of each method costs, in forward-backward passes of a plain network.
-
-    :param plain: The network without anything added. :param methods: By name, a network (with an FSR layer, say) and the objective.
-    :param shape: (C, H, W) of the images; the ratios hardly depend on H and W.
-    :return: By name.
-    """
-    generator = torch.Generator().manual_seed(0)
-    batch = Batch(torch.rand(2, *shape, generator=generator), torch.arange(2))
-    with global_generators_kept():
-        one = step_operations(plain, Standard(), batch)
-        return {name: step_operations(model, objective, batch) / one for name, (model, objective) in methods.items()}
