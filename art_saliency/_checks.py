@@ -154,6 +154,9 @@ def as_tensor(name: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         if value.is_complex():
             raise refuse(name, f"dtype {value.dtype}", "real numbers")
+        if value.is_inference():  # no graph takes such a tensor, nor a slice of it
+            with torch.inference_mode(False):
+                value = value.clone()
         return _wide(value.detach())
     try:
         array = np.asarray(value)
@@ -226,14 +229,20 @@ def images(
 
 def bytes_of_pixels(name: str, images: _T, *, remedy: str = "convert it to float") -> _T:
     """
-    Refuse a whole set of uint8 images that hold 0 and 1 alone: divided by 255, as bytes are, they would be black.
-
-    Not for a batch, which may be black in a set that is none of these.
+    Refuse uint8 images that hold 0 and 1 alone: divided by 255, as bytes are, they would be black. Those that are black pass.
 
     :param images: (N, C, H, W), of any type: a tensor, or what is indexed like one. :param remedy: What to do. :return: It.
     """
     some: Any = images
-    if some.dtype == torch.uint8 and all(int(some[i : i + 256].max()) <= 1 for i in range(0, len(some), 256)):
+    if some.dtype != torch.uint8:
+        return images
+    lit = False
+    for start in range(0, len(some), 256):
+        brightest = int(some[start : start + 256].max())
+        if brightest > 1:
+            return images
+        lit = lit or brightest == 1
+    if lit:
         expected = "uint8 from 0 to 255"
         raise refuse(name, "uint8 of 0 and 1 alone", expected, f"it would be divided by 255: {remedy}")
     return images

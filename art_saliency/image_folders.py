@@ -96,6 +96,8 @@ def files_loader(
 class _Loader(DataLoader[Any]):
     """Whose workers' errors read as if there were no workers: torch puts the worker's traceback into the message."""
 
+    stateless_workers = True  # each image is drawn by a seed of its own
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         try:
             yield from super().__iter__()

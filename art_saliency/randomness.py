@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import random as python
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ __all__ = [
     "RandomSource",
     "global_generators_kept",
     "global_states",
+    "host_generators_kept",
     "normal",
     "set_global_states",
     "uniform",
@@ -106,11 +109,27 @@ def global_generators_kept(seed: int | None = None) -> Iterator[None]:
     """
     before = global_states()
     if seed is not None:
-        for (
-            generator
-        ) in _global_generators().values():  # torch.manual_seed would leave an idle CUDA a seed for its start
+        # torch.manual_seed would leave an idle CUDA a seed for its start.
+        for generator in _global_generators().values():
             generator.manual_seed(seed)
     try:
         yield
     finally:
         set_global_states(before)
+
+
+@contextmanager
+def host_generators_kept(seed: int) -> Iterator[None]:
+    """
+    Seed NumPy's and Python's global generators, from which ART's attacks and data generators draw; they come back as they were.
+
+    :param seed: 0 to 2**63 - 1.
+    """
+    before = np.random.get_state(), python.getstate()  # noqa: NPY002
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    python.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(before[0])  # noqa: NPY002
+        python.setstate(before[1])

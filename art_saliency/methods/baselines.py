@@ -286,7 +286,7 @@ class AdversarialObjective(Objective):
             if self.attack is None:
                 x_adv = self.maximise(model, batch, threat, None if self.eps_step is None else share * self.eps_step)
             else:
-                x_adv = self.attack(model, x, batch.y)
+                x_adv = self.attack(model, x.clone(), batch.y)  # it may work in place
         if x_adv.shape != x.shape:
             raise _checks.refuse("attack", f"images of shape {tuple(x_adv.shape)}", f"the batch's {tuple(x.shape)}")
         x_adv = x_adv.detach().to(x)

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from art_saliency.modes import full_float32, matrices_as_convolutions
-from art_saliency.randomness import global_generators_kept
 
 __all__ = [
     "Spread",
@@ -28,7 +27,6 @@ __all__ = [
     "interleaved",
     "matrix_turn",
     "per_round",
-    "random_state_kept",
     "waited",
 ]
 
@@ -188,15 +186,3 @@ def exact_memory() -> Iterator[None]:
 def _tune(parameter: int, value: int) -> None:
     with contextlib.suppress(OSError, AttributeError, TypeError):  # other C libraries have no mallopt
         ctypes.CDLL(None).mallopt(parameter, value)
-
-
-@contextmanager
-def random_state_kept(seed: int) -> Iterator[None]:
-    """Seed torch's and NumPy's global generators (ART shuffles with NumPy's) for the duration; both come back as they were."""
-    before = np.random.get_state()  # noqa: NPY002
-    with global_generators_kept(seed):
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        try:
-            yield
-        finally:
-            np.random.set_state(before)  # noqa: NPY002

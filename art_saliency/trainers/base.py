@@ -26,7 +26,7 @@ from art_saliency.methods.base import Objective
 from art_saliency.modes import channels_last
 from art_saliency.threat import ThreatModel
 from art_saliency.trainers.identity import digest_of_pair, identity_of_run, word
-from art_saliency.trainers.network import ClassifierNetwork, check_train_mode, check_trainable
+from art_saliency.trainers.network import ClassifierNetwork, check_optimizer, check_train_mode, check_trainable
 from art_saliency.trainers.options import RunOptions
 from art_saliency.trainers.teacher import teacher_maps, trained_teacher
 from art_saliency.training.batches import Batches, ImageView, ResidentBatches, StreamedBatches
@@ -67,7 +67,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         ]
 
         def construct(self: ObjectiveTrainer, classifier: PyTorchClassifier, **parameters: Any) -> None:
-            ObjectiveTrainer.__init__(self, classifier, **parameters)
+            super(cls, self).__init__(classifier, **parameters)
 
         construct.__signature__ = inspect.Signature([*first, *own])  # type: ignore[attr-defined]
         construct.__doc__ = cls.objective_class.__doc__
@@ -223,6 +223,9 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         if options.checkpoint_dir is not None and not isinstance(generator, DataLoader):
             got = f"{type(generator).__name__}, which cannot begin an epoch again"
             raise _checks.refuse("generator", got, "a torch DataLoader for a run with a checkpoint_dir")
+        if options.checkpoint_dir is not None and not _workers_begin_anew(generator):
+            got = "a DataLoader with persistent_workers, whose random states no checkpoint holds"
+            raise _checks.refuse("generator", got, "one without, for a run with a checkpoint_dir")
         batch_size, nb_epochs = self._check_run(batch_size, nb_epochs, scheduler, options)
         checkpoints = options.checkpoints()
         self._check_batches(batch_size, batch_size)
@@ -253,6 +256,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         :param kwargs: Passed to ``PyTorchClassifier.predict``.
         :return: (N, K).
         """
+        self._network.read(self._classifier)
         low, high = self._network.low, self._network.high
         images = self._images("x", x)
         images = to_unit(images) * (high - low) + low if images.dtype == torch.uint8 else images
@@ -371,6 +375,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
                 repr(options.precision),
                 f"'32-true' for {self.method_name()}, which differentiates input gradients",
             )
+        self._network.read(self._classifier)
         batch_size = _checks.whole("batch_size", batch_size, least=1)
         nb_epochs = _checks.whole("nb_epochs", nb_epochs, least=1)
         Schedule.checked(scheduler)
@@ -382,6 +387,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
             )
         _check_ranks(launched()[1], batch_size, options)
         x = check_trainable(self._network, self._classifier)
+        check_optimizer(self._network, self._classifier)
         self.objective.check_network(self._network, x)
         check_train_mode(self._network, x, self._classifier.nb_classes)
         return batch_size, nb_epochs
@@ -528,6 +534,11 @@ def _stream(generator: Any) -> tuple[Callable[[], Iterator[Any]], int, int]:
     raise _checks.refuse("generator", type(generator).__name__, "an ART DataGenerator or a torch DataLoader")
 
 
+def _workers_begin_anew(loader: Any) -> bool:
+    """:return: Whether an epoch that is taken up again draws what it drew: workers that outlive an epoch keep generators of their own."""
+    return not getattr(loader, "persistent_workers", False) or bool(getattr(loader, "stateless_workers", False))
+
+
 def _generators(loader: Any) -> list[torch.Generator]:
     """:return: What a loader draws from beside torch's global generator, each once."""
     batches = getattr(loader, "batch_sampler", None)
@@ -538,6 +549,9 @@ def _generators(loader: Any) -> list[torch.Generator]:
 
 def _art_attack(attack: Any, network: ClassifierNetwork) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
     """An ART evasion attack as an inner maximisation: arrays in the classifier's range outside, tensors in [0, 1] inside."""
+    if getattr(attack, "targeted", False):
+        got, remedy = f"{type(attack).__name__} with targeted=True", "it would move every image towards its own class"
+        raise _checks.refuse("attack", got, "an untargeted attack", remedy)
     low, span = network.low, network.high - network.low
 
     def perturb(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class FSRTrainer(ObjectiveTrainer):
         layer = fsr_layers(classifier.model)[target]
         # As the layer has checked them: numbers of NumPy's are no JSON.
         self._layer_config = {name: getattr(layer, name) for name in options}
-        _add_parameters(classifier.optimizer, layer)
+        _add_parameters(classifier.optimizer, layer, target)
 
     @classmethod
     def method_name(cls) -> str:
@@ -130,10 +130,13 @@ def _base_class(base: str) -> type[Objective]:
     return OBJECTIVES[_checks.one_of("base", base, OBJECTIVES)]
 
 
-def _add_parameters(optimizer: Optimizer, layer: FSRLayer) -> None:
+def _add_parameters(optimizer: Optimizer, layer: FSRLayer, target: str) -> None:
     """Give a layer's parameters to an optimizer, with the settings of its first group; what else it does not know stays out."""
-    first = {key: value for key, value in optimizer.param_groups[0].items() if key not in ("params", "initial_lr")}
-    optimizer.add_param_group({**first, "params": list(layer.parameters())})
+    own = ("params", "param_names", "initial_lr")
+    first = {key: value for key, value in optimizer.param_groups[0].items() if key not in own}
+    named = "param_names" in optimizer.param_groups[0]
+    parameters: list[Any] = [(f"{target}.fsr.{name}", p) if named else p for name, p in layer.named_parameters()]
+    optimizer.add_param_group({**first, "params": parameters})
 
 
 def _rates(scheduler: Any) -> Iterator[Sequence[float]]:

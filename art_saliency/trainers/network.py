@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +13,12 @@ from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
 
 from art_saliency import _checks
-from art_saliency.errors import UnsupportedModelError
+from art_saliency.errors import NoEffectWarning, UnsupportedModelError
 from art_saliency.modes import side_pass, training
 from art_saliency.networks import check_network, pixel_range
 from art_saliency.randomness import global_generators_kept
 
-__all__ = ["ClassifierNetwork", "check_train_mode", "check_trainable"]
+__all__ = ["ClassifierNetwork", "check_optimizer", "check_train_mode", "check_trainable"]
 
 
 class ClassifierNetwork(nn.Module):
@@ -34,8 +35,21 @@ class ClassifierNetwork(nn.Module):
         super().__init__()
         self.network: nn.Module = classifier.model
         self.low, self.high = pixel_range(classifier)
-        self.steps: Sequence[Any] = [step for step in classifier.preprocessing_operations if not _is_identity(step)]
-        for step in self.steps:
+        self.steps: Sequence[Any] = ()
+        self.read(classifier)
+
+    def read(self, classifier: PyTorchClassifier) -> None:
+        """
+        Take the classifier's preprocessing as it is now: ``set_params`` may have changed it.
+
+        :raises InputError: When its pixel range is no longer the one that distances were converted by.
+        :raises UnsupportedModelError: As the constructor does.
+        """
+        if (now := pixel_range(classifier)) != (self.low, self.high):
+            got = f"{now}, which were ({self.low:g}, {self.high:g})"
+            raise _checks.refuse("clip_values", got, "those of before", "make a new trainer of the classifier")
+        steps = [step for step in classifier.preprocessing_operations if not _is_identity(step)]
+        for step in steps:
             if not isinstance(step, PreprocessorPyTorch):
                 raise UnsupportedModelError(
                     f"preprocessing: got {type(step).__name__}, which works on arrays and has no gradient; expected PyTorch "
@@ -46,6 +60,7 @@ class ClassifierNetwork(nn.Module):
             raise UnsupportedModelError(
                 f"postprocessing: got {names}, expected none; it hides gradients from attacks; train without it"
             )
+        self.steps = steps
 
     def forward(self, x: Tensor) -> Tensor:
         """:param x: (N, C, H, W) in [0, 1]. :return: (N, K) logits."""
@@ -73,6 +88,10 @@ def check_trainable(network: ClassifierNetwork, classifier: PyTorchClassifier) -
         changes the batch.
     :raises InputError: When the classifier has no optimizer, or is not one of images with channels first.
     """
+    if torch.is_inference_mode_enabled():
+        raise _checks.refuse(
+            "fit", "a call under torch.inference_mode()", "one outside it", "weights cannot change inside"
+        )
     if classifier.optimizer is None:
         raise _checks.refuse(
             "classifier",
@@ -106,6 +125,28 @@ def check_trainable(network: ClassifierNetwork, classifier: PyTorchClassifier) -
             )
     check_network(network, classifier.input_shape, classifier.nb_classes)
     return x
+
+
+def check_optimizer(network: ClassifierNetwork, classifier: PyTorchClassifier) -> None:
+    """
+    Refuse an optimizer of another network's weights, and warn of trainable weights that it leaves out.
+
+    :raises InputError: When it has none of the network's trainable parameters.
+    """
+    known = {id(parameter) for group in classifier.optimizer.param_groups for parameter in group["params"]}
+    trainable = [(name, p) for name, p in network.network.named_parameters() if p.requires_grad]
+    left_out = [name for name, parameter in trainable if id(parameter) not in known]
+    if len(left_out) == len(trainable):
+        got, expected = "none of the network's parameters", "those that are to be trained"
+        raise _checks.refuse("optimizer", got, expected, "make it of model.parameters(), of this very model")
+    if left_out:
+        some = ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else "")
+        warnings.warn(
+            f"optimizer: leaves out {len(left_out)} of {len(trainable)} trainable parameters ({some}), which stay as they are; make "
+            f"it after the last change of the network, or freeze them by requires_grad_(False)",
+            NoEffectWarning,
+            stacklevel=4,
+        )
 
 
 def check_train_mode(network: ClassifierNetwork, x: Tensor, classes: int) -> None:

@@ -136,7 +136,10 @@ class ResidentBatches:
             if maps is not None and self.expand is not None:
                 maps = self.expand(maps)
             if self.augment is not None:
+                had_maps = maps is not None
                 x, maps = self.augment(x, random, maps)
+                if had_maps and maps is None:
+                    raise _checks.refuse("augment", "no maps back", "those it was given, moved as the images are")
             yield Batch(x, self.y[index], index=index, maps=maps, random=random)
 
 

@@ -7,6 +7,7 @@ import gc
 import inspect
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from art_saliency import _checks
-from art_saliency.randomness import global_generators_kept
+from art_saliency.randomness import global_generators_kept, host_generators_kept
 
 __all__ = ["PRECISIONS", "Engine", "launched", "reproducible"]
 
@@ -27,6 +28,7 @@ PRECISIONS = ("32-true", "bf16-mixed")
 
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+_APART = 1_000_003  # between the seeds of two processes, whose dropout is not to be the same
 
 
 def launched() -> tuple[int, int]:
@@ -197,24 +199,39 @@ def _part() -> None:
         torch.distributed.destroy_process_group()
 
 
-@contextmanager
-def reproducible(seed: int, *, deterministic: bool) -> Iterator[None]:
-    """
-    Seed torch's global generators (dropout draws from them) for the duration; the user's own sequence is untouched.
+_ONE_AT_A_TIME = threading.RLock()
 
+
+@contextmanager
+def reproducible(seed: int, *, rank: int = 0, deterministic: bool) -> Iterator[None]:
+    """
+    Seed every global generator for the duration: torch's (dropout draws from them), NumPy's and Python's (ART's attacks and data
+    generators do). The user's own sequences are untouched. As they are the whole process's, other threads wait.
+
+    :param rank: Of several processes: each has dropout of its own, while data generators shuffle alike in all.
     :param deterministic: Whether torch refuses kernels whose result varies from run to run.
     """
+    with (
+        _ONE_AT_A_TIME,
+        global_generators_kept(seed + _APART * rank),
+        host_generators_kept(seed),
+        _kernels(deterministic),
+    ):
+        yield
+
+
+@contextmanager
+def _kernels(deterministic: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark, workspace = torch.backends.cudnn.benchmark, os.environ.get(_WORKSPACE)
-    with global_generators_kept(seed):
-        try:
-            if deterministic:
-                os.environ.setdefault(_WORKSPACE, ":4096:8")  # cuBLAS reads this when it starts
-                torch.use_deterministic_algorithms(True)
-                torch.backends.cudnn.benchmark = False
-            yield
-        finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-            torch.backends.cudnn.benchmark = benchmark
-            if workspace is None:
-                os.environ.pop(_WORKSPACE, None)
+    try:
+        if deterministic:
+            os.environ.setdefault(_WORKSPACE, ":4096:8")  # cuBLAS reads this when it starts
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = benchmark
+        if workspace is None:
+            os.environ.pop(_WORKSPACE, None)

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "train"]
 
-_APART = 1_000_003  # between the seeds of two processes, whose dropout is not to be the same
-
 
 class Run:
     """
@@ -49,6 +47,7 @@ class Run:
     :ivar stopping: Set it to end the run after this epoch, as if it were the last one.
     :ivar extensions: What hangs on the run, in order. :ivar guard: Against what is not finite.
     :ivar epoch_step: Steps of this epoch that are done. :ivar epoch_started: When it began, on ``time.perf_counter()``.
+    :ivar rate: The learning rate of the last step, of the first group.
     :ivar epoch_random: The random states of its start. :ivar sums: Of its figures. :ivar warned: Whether one of the objective's warnings was given.
     """
 
@@ -75,6 +74,7 @@ class Run:
         self.epoch = self.step = self.epoch_step = 0
         self.epoch_started = time.perf_counter()
         self.epoch_random: dict[str, Any] = {}
+        self.rate: float | Tensor = 0.0
         self.sums, self.warned = Sums(), False
         self.batch: Batch | None = None
         self.logits: Tensor | None = None
@@ -124,6 +124,7 @@ def _epoch(
             trained = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
             torch.nn.utils.clip_grad_norm_(trained, grad_clip)
         optimizer.step()
+        run.rate = run.optimizer.param_groups[0]["lr"]
         run.schedule.after_step()
         logits = result.logits.detach()
         names = (*result.terms, "loss")
@@ -155,7 +156,7 @@ def _end_of_epoch(run: Run) -> None:
         "loss": means.pop("loss"),
         "train_accuracy": means.pop("train_accuracy"),
         **means,
-        "lr": float(run.optimizer.param_groups[0]["lr"]),
+        "lr": float(run.rate),
         "seconds": time.perf_counter() - run.epoch_started,
     }
     run.schedule.after_epoch(record["loss"])
@@ -254,7 +255,7 @@ def train(
         with (
             modes_kept(model),
             torch.enable_grad(),
-            reproducible(seed + _APART * engine.rank, deterministic=deterministic),
+            reproducible(seed, rank=engine.rank, deterministic=deterministic),
             checkpoints or nullcontext(),
             _surrounded(run, checkpoints),
         ):
