@@ -149,6 +149,7 @@ def test_a_wrong_word_is_explained_in_one_sentence_and_leaves_nothing(kind, run,
     ):  # fmt: skip
         x, y = np.zeros((12, 1, size, size), kind_of_pixel), np.full(12, label)
         y[1:] = np.arange(11)
+        x[0, 0, 0, 0] = 1
         np.savez(tmp_path / name, x_train=x, y_train=y, x_test=x, y_test=y)
     before = sorted(tmp_path.rglob("*"))
     words, expected = WRONG[kind]

@@ -298,7 +298,7 @@ def test_catastrophic_overfitting_is_seen_and_said():
         OverfittingWatch(ThreatModel("Linf", 0.4)).after_epoch(Run, record)
 
 
-def watched(**changes):
+def watched(rest=0, **changes):
     """What a plateau watch says of an epoch's end: 16 images of 4 classes, all taken for class 2, late in a run, unless changed."""
     values = {"step": 100, "progress": 0.5, "y": torch.arange(16) % 4, "logits": torch.eye(4)[[2] * 16], "epoch": 3}
     values |= {"objective": PGDAT(eps=0.1, eps_warmup_share=0.2)} | changes
@@ -307,11 +307,14 @@ def watched(**changes):
     watch = PlateauWatch()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        watch.after_epoch(run, {})
-        watch.after_epoch(run, {})
         again = PlateauWatch()
-        again.load_state_dict(watch.state_dict())
-        again.after_epoch(run, {})
+        for each in (watch, watch, again):
+            if each is again:
+                again.load_state_dict(watch.state_dict())
+            each.after_step(run)
+            if rest:  # an epoch's last batch, of what is left over
+                each.after_step(SimpleNamespace(batch=Batch(batch.x[:rest], batch.y[:rest]), logits=run.logits[:rest]))
+            each.after_epoch(run, {})
     return [str(warning.message) for warning in caught]
 
 
@@ -323,6 +326,7 @@ def test_a_network_that_takes_all_for_one_class_is_said_once_with_what_cures_it(
     (sentence,) = watched(objective=Standard())
     assert "eps_warmup_share" not in sentence
     assert "learning rate" in sentence
+    assert watched(rest=3) == watched()
     (sentence,) = watched(y=torch.eye(4)[torch.arange(16) % 4])
     assert "class 2" in sentence
 

@@ -201,6 +201,7 @@ _STEPS = (
     others.determinism,
     gradients.zero_gradients,
     gradients.smoothness,
+    gradients.true_gradients,
     gradients.plateau,
     gradients.single_step,
     gradients.random_noise,

@@ -214,7 +214,7 @@ class PlateauWatch(_SaysOnce):
     A network that takes every image for one class: adversarial training that meets the whole radius too early may never leave the
     plateau on which it began.
 
-    After an epoch the logits of the last training batch are looked at, and a warning is given once, when the radius has risen
+    After an epoch the logits of its last batch of enough images are looked at, and a warning is given once, when the radius has risen
     (:meth:`~art_saliency.methods.base.Objective.radius`) and a third of the run and `steps` steps are over.
 
     :param steps: Fewer are too few to leave any plateau. :param images: A smaller batch may well be of one class.
@@ -223,16 +223,24 @@ class PlateauWatch(_SaysOnce):
     def __init__(self, *, steps: int = 100, images: int = 16) -> None:
         super().__init__()
         self.steps, self.images = steps, images
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    def after_step(self, run: Run) -> None:
+        """Keep the last batch that is large enough: an epoch's last one may be a handful of images."""
+        if run.batch is not None and run.logits is not None and len(run.batch.y) >= self.images:
+            self._seen = run.batch.y, run.logits
 
     def after_epoch(self, run: Run, record: dict[str, Any]) -> None:
         """Look, and warn once."""
-        if self.warned or run.batch is None or run.logits is None:
+        seen, self._seen = self._seen, None
+        if self.warned or run.batch is None or seen is None:
             return
-        y = _classes(run.batch.y)
-        early = run.step < self.steps or run.batch.progress < 1 / 3 or run.objective.radius(run.batch.progress) < 1
-        if early or len(y) < self.images or bool((y == y[0]).all()):
+        y = _classes(seen[0])
+        if run.step < self.steps or run.batch.progress < 1 / 3 or run.objective.radius(run.batch.progress) < 1:
             return
-        taken_for = run.logits.argmax(1)
+        if bool((y == y[0]).all()):
+            return
+        taken_for = seen[1].argmax(1)
         if not bool((taken_for == taken_for[0]).all()):
             return
         longer = (
