@@ -389,7 +389,12 @@ def test_a_target_is_met_by_the_whole_interval(monkeypatch):
 
     runs = {"digits": {"a": arm(0.50, 0.52, 0.54), "b": arm(0.45, 0.47, 0.50)}}
     low, high = pages.interval([5, 5, 4], 360)
-    for least, verdict in ((low - 0.1, "met"), (low + 0.1, "open"), (high - 0.1, "open"), (high + 0.1, "missed")):
+    for least, verdict in (
+        (low - 0.1, "met"),
+        (low + 0.1, "undecided"),
+        (high - 0.1, "undecided"),
+        (high + 0.1, "missed"),
+    ):
         monkeypatch.setattr(pages, "TARGETS", (Target("a", "b", least, "transfer"), Target("a", "c", 0)))
         first, second = (
             [cell.strip() for cell in line.strip("|").split("|")] for line in pages._targets(runs).splitlines()[2:]
@@ -397,6 +402,7 @@ def test_a_target_is_met_by_the_whole_interval(monkeypatch):
         assert first[:4] == ["a", "b", "transfer", f"{least:+.1f}"]
         assert first[4] == f"+4.7 ({low:+.1f} to {high:+.1f}) at 1.00: {verdict}"
         assert second[4] == "-"
+        assert pages._targets(runs).splitlines()[0].split("|")[-2].strip() == "digits, 3 seeds"
 
 
 def test_what_hangs_on_the_images_is_the_spread_of_their_gains_over_seeds(monkeypatch):

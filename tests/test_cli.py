@@ -595,6 +595,20 @@ def test_what_would_come_back_as_something_else_is_not_saved_and_a_run_that_is_t
     assert {path.name for path in tmp_path.iterdir()} == {"weights.pt", "run.json"}
 
 
+def test_resuming_a_run_that_is_over_is_no_error_and_other_words_are_named(folder, tmp_path, capsys):
+    words = spell("train", "standard", **ONE_EPOCH, data=folder / "few.npz", width=4, quiet=True, device="cpu")
+    words += ["--out", str(tmp_path / "run"), "--resume"]
+    assert main(words) == 0
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "run").iterdir()}
+    capsys.readouterr()
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert "this run is over, nothing was left to do" in said.out
+    assert main([*words, "--lr", "0.003"]) == 2
+    assert "where a run of other optimizer is over, expected the run of these words" in capsys.readouterr().err
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in (tmp_path / "run").iterdir()}
+
+
 def test_what_has_the_name_of_a_measurement_but_lies_beside_no_run_is_somebodys_own(folder, tmp_path):
     run = tmp_path / "thesis"
     (run / "report").mkdir(parents=True)

@@ -109,7 +109,9 @@ def add_run_group(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--deterministic", action="store_true", help="only kernels whose results repeat bit for bit")
     group.add_argument(
-        "--resume", action="store_true", help="go on with the run in --out, where one was interrupted; else start it"
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out where one was interrupted, leave it as it is where it is over; else start it",
     )
     group.add_argument(
         "--checkpoint-every",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -70,15 +71,16 @@ def add_parser(commands: Any) -> None:
 
 
 def _folder(args: argparse.Namespace, *, writes: bool) -> Path:
-    """:return: Where the run goes: a vacant folder, or with ``--resume`` one that holds nothing but runs, the last of them not over."""
+    """:return: Where the run goes: a vacant folder, or with ``--resume`` one that holds a run and nothing else, over or not."""
     from art_saliency import _checks
     from art_saliency.trainers.runs import MEASURED
 
     folder = Path(args.out)
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     # It may have been killed while it wrote its last files.
-    begun = KEPT in names and all(name in (*_OWN, *MEASURED) or name.startswith(".") for name in names)
-    if begun and args.resume:
+    own = all(name in (*_OWN, *MEASURED) or name.startswith(".") for name in names)
+    begun = own and KEPT in names
+    if args.resume and own and names & {KEPT, "run.json"}:
         if writes:
             writable("--out", folder)
         return folder
@@ -119,6 +121,8 @@ def run(args: argparse.Namespace) -> int:
     classifier = _classifier(args, network, device)
     parameters = {**trainer_class.defaults_for(classifier.model), **settings}
     recipe = _recipe(args, parameters, classifier)
+    if args.resume and not args.force and (folder / "run.json").is_file() and not (folder / KEPT).exists():
+        return _is_over(args, folder, data, recipe, told=rank == 0)
     trainer = trainer_class(classifier, **parameters)
     if trainer.objective.needs_target_model and args.ema is None:
         raise _checks.refuse("--ema", "nothing", f"a decay: {args.method} as set keeps a slow copy", "say --ema 0.999")
@@ -147,6 +151,22 @@ def run(args: argparse.Namespace) -> int:
     if rank:  # of several processes the first alone writes
         return 0
     _write(args, folder, trainer, network, data, recipe)
+    return 0
+
+
+def _is_over(args: argparse.Namespace, folder: Path, data: DataSet | StreamedSet, recipe: Recipe, *, told: bool) -> int:
+    """Of a run that is over there is nothing to go on with, if it is the run of these words. :return: 0."""
+    from art_saliency import _checks
+    from art_saliency.trainers.runs import read_run
+
+    page = read_run(folder)
+    then = {**(page.get("recipe") or {}), "method": page["method"], "data": page["data"].get("fingerprint")}
+    now = {**json.loads(json.dumps(recipe.to_json())), "method": args.method, "data": data.fingerprint()}
+    if others := [name for name in now if now[name] != then.get(name)]:
+        got = f"{folder}, where a run of other {', '.join(others)} is over"
+        raise _checks.refuse("--out", got, "the run of these words", "choose another, or add --force to train anew")
+    if told:
+        print(f"{folder}: this run is over, nothing was left to do. Next: art-saliency evaluate {folder}")
     return 0
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from art_saliency.evaluation.table import markdown_table
 from benchmarking.claims import CLAIMS, HEADLINE, TARGETS, Target
 from benchmarking.figures import draw_all
-from benchmarking.grids import GRIDS, HEADLINE_ARMS, Grid
+from benchmarking.grids import GRIDS, Grid
 
 __all__ = ["load_runs", "rendered", "write_all"]
 
@@ -27,12 +27,15 @@ _MARKS = "†‡§¶"
 _PERCENT = re.compile(r"\d+(?:\.\d+)?%")
 _RELATED = 8  # arms, from which a correlation over them is worth a word
 _HEADER = ("arm", "seeds", "clean %", "PGD-20 %", "AutoAttack %", "transfer %", "consensus", "passes / step", "audit")
+_WORDS = (
+    "AutoAttack is version `standard`; *transfer* counts the images that withstand all of fifteen transferred attacks, five from a standard network, from a "
+    "PGD-AT network and from both; a *pass* is a forward-backward pass of standard training of the bare network, counted (what AWP adds is not); the *audit* "
+    "is seed 0's. `@silu` names an activation, `:NAME=VALUE` what differs from a method's defaults; adapter is f + R(f), of as many parameters as the FSR "
+    "layer. *JPEG-75*: each image was once encoded again as a JPEG of quality 75, in training and test."
+)
 _NOTE = (
-    "Mean and standard deviation over seeds; of one seed, the 95 % interval that the number of images leaves. AutoAttack is version "
-    "`standard`; *transfer* counts the images that withstand all of fifteen transferred attacks, five from a standard network, from a PGD-AT network and from both; *consensus* the mean cosine of loss-gradient saliency, clean and under PGD-20, on 100 "
-    "images; a *pass* a forward-backward pass of standard training of the bare network, counted (what AWP adds is not); the *audit* is seed 0's. `@silu` names an activation, "
-    "`:NAME=VALUE` what differs from a method's defaults; adapter is f + R(f), of as many parameters as the FSR layer. "
-    "*JPEG-75*: each image was once encoded again as a JPEG of quality 75, in training and test."
+    "Mean and standard deviation over seeds; of one seed, the 95 % interval that the number of images leaves. *Consensus* is the mean cosine of loss-gradient "
+    f"saliency, clean and under PGD-20, on 100 images. {_WORDS}"
 )
 
 
@@ -112,14 +115,14 @@ def interval(values: Sequence[float], images: int) -> tuple[float, float] | None
 
 
 def _judgement(
-    values: Sequence[float], images: int, words: tuple[str, str] = ("a gain", "a loss"), least: float = 0
+    values: Sequence[float], images: int, words: tuple[str, str, str] = ("a gain", "a loss", "open"), least: float = 0
 ) -> str:
-    """:return: The first of the words where the whole interval lies above `least`, the second where it lies below, else "open"."""
+    """:return: The first of the words where the whole interval lies above `least`, the second where it lies below, else the third."""
     found = interval(values, images)
     if found is None:
         return "too few seeds"
     low, high = found
-    return words[0] if low > least else words[1] if high < least else "open"
+    return words[0] if low > least else words[1] if high < least else words[2]
 
 
 def _signed(values: Sequence[float], images: int) -> str:
@@ -138,17 +141,21 @@ def _targets(runs: Runs) -> str:
         if not values:
             return "-"
         images, cost = GRIDS[grid].images, passes(grid, target.arm) / passes(grid, target.versus)
-        verdict = _judgement(values, images, ("met", "missed"), target.least)
+        verdict = _judgement(values, images, ("met", "missed", "undecided"), target.least)
         return f"{_signed(values, images)} at {cost:.2f}: {verdict}"
 
     names = {"autoattack": "AutoAttack", "transfer": "transfer"}
     rows = [(t.arm, t.versus, names[t.key], f"{t.least:+.1f}", *(cell(grid, t) for grid in runs)) for t in TARGETS]
-    return markdown_table(("arm", "against", "under", "target", *map(_with_seeds, runs)), rows, left=3)
+    return markdown_table(
+        ("arm", "against", "under", "target", *(_with_seeds(runs, grid) for grid in runs)), rows, left=3
+    )
 
 
-def _with_seeds(grid: str) -> str:
-    count = len(GRIDS[grid].seeds_of(HEADLINE_ARMS[0]))
-    return f"{grid}, {count} seed{'s' if count > 1 else ''}"
+def _with_seeds(runs: Runs, grid: str) -> str:
+    """:return: The set's name, and over how many seeds its differences are."""
+    counts = {len(difference(runs, grid, t.arm, t.versus, t.key)) for t in TARGETS} - {0}
+    words = " to ".join(dict.fromkeys(map(str, (min(counts), max(counts)))))
+    return f"{grid}, {words} seed{'s' if max(counts) > 1 else ''}"
 
 
 def _differences(runs: Runs, grid: str, pairs: Iterable[tuple[str, str]]) -> str:
@@ -198,23 +205,30 @@ def _images(runs: Runs) -> list[str]:
         "## How much hangs on the test images",
         "",
         "Intervals over seeds are of the same test images. From the runs that keep which images withstood AutoAttack: how far the mean "
-        "difference of these seeds would move with other images of the same kind. It adds to the interval over seeds; verdicts do not count it.",
+        "difference of these seeds would move with other images of the same kind, at most: of one seed, that seed's own chance is in it too. It adds to the interval over seeds; verdicts do not count it.",
         "",
         markdown_table(header, rows, left=3),
         "",
     ]
 
 
-def _section(runs: Runs, grid: str, arms: Sequence[str], pairs: Iterable[tuple[str, str]]) -> list[str]:
-    if not set(arms) & set(runs[grid]):
-        return []
+def _described(runs: Runs, grid: str) -> str:
+    """:return: A set of runs in one sentence: data, network, budget, and the command that makes them."""
     settings, count = GRIDS[grid], sum(map(len, runs[grid].values()))
     shared = f"{settings.epochs} epochs of Adam (one cycle, peak {settings.lr:g}, batches of {settings.batch_size}), {_inner(settings)}"
     audited = f", audit on {settings.audited}" if settings.audited else ""
     command = f"python examples/benchmark.py run {grid}{'' if settings.data else ' --data FILE'}"
-    lines = [
+    return (
         f"**{settings.title}**, {shared}, AutoAttack and transfer on {settings.images} {'held-out' if settings.held_out else 'test'} images{audited}; "
-        f"`{command}`{_of_file(settings)} ({count} of {len(settings.runs)} runs stand):",
+        f"`{command}`{_of_file(settings)} ({count} of {len(settings.runs)} runs stand)"
+    )
+
+
+def _section(runs: Runs, grid: str, arms: Sequence[str], pairs: Iterable[tuple[str, str]]) -> list[str]:
+    if not set(arms) & set(runs[grid]):
+        return []
+    lines = [
+        f"{_described(runs, grid)}:",
         "",
         _table(runs, grid, arms),
         "",
@@ -289,21 +303,54 @@ def _final(runs: Runs) -> Runs:
     return {grid: found for grid, found in runs.items() if not GRIDS[grid].held_out}
 
 
+def _overview(runs: Runs) -> str:
+    """The methods beside each other: clean accuracy and AutoAttack on every set, what a step costs, and what the audit objected to."""
+
+    def cell(grid: str, arm: str, key: str) -> str:
+        those = runs[grid].get(arm, [])
+        return _accuracy(those, key) if those else "-"
+
+    def attacked(grid: str, arm: str) -> str:
+        verdict = _verdict(runs[grid].get(arm, []))
+        return cell(grid, arm, "autoattack") + ("" if verdict in ("consistent", "-") else f", {verdict}")
+
+    first = next(iter(runs))
+    header = ("arm", "passes / step", *(word for grid in runs for word in (f"{grid}: clean", "AutoAttack")))
+    rows = [
+        (
+            arm,
+            f"{statistics.median(run['cost']['passes_per_step'] for run in runs[first][arm]):.1f}",
+            *(word for grid in runs for word in (cell(grid, arm, "clean"), attacked(grid, arm))),
+        )
+        for arm in HEADLINE
+    ]
+    return markdown_table(header, rows)
+
+
 def _readme(runs: Runs) -> str:
-    lines = [
-        "Points of accuracy gained over another arm, seed by seed: mean, Student's 95 % interval, and at which part of the other's passes. A target, "
-        "set for a ResNet-18 on all of CIFAR-10, is *met* where the whole interval lies above it, *missed* where it lies below, else *open*:",
-        "",
-        _targets(_final(runs)),
-        "",
-    ]
-    for grid in _final(runs):
-        lines += _section(runs, grid, HEADLINE, ())
-    lines += [_note(_final(runs)), "", "![Robustness against cost](examples/results/figures/cost.png)", ""]
-    lines += [
-        "All arms, controls, combinations, differences and figures: [examples/results/RESULTS.md](examples/results/RESULTS.md)."
-    ]
-    return "\n".join(lines)
+    final = _final(runs)
+    return "\n".join(
+        [
+            "Accuracy in %, mean and standard deviation over seeds (of one seed, the 95 % interval that its images leave), and what the audit calls a "
+            f"network, where it is not *consistent with true robustness*; passes are those of {next(iter(final))}:",
+            "",
+            _overview(final),
+            "",
+            "What each method must exceed: points of accuracy gained over another arm, seed by seed: mean, Student's 95 % interval, and at which part of "
+            "the other's passes. A target, set for a ResNet-18 on all of CIFAR-10, is *met* where the whole interval lies above it, *missed* where it "
+            "lies below, else *undecided*:",
+            "",
+            _targets(final),
+            "",
+            *(f"- {_described(final, grid)}" for grid in final),
+            "",
+            _WORDS,
+            "",
+            "![Robustness against cost](examples/results/figures/cost.png)",
+            "",
+            "Small points without a name are controls and combinations. All arms, controls, combinations, differences, AutoAttack's own warnings, audits and figures: [examples/results/RESULTS.md](examples/results/RESULTS.md).",
+        ]
+    )
 
 
 def _card(runs: Runs, name: str) -> str:
