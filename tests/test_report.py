@@ -204,7 +204,7 @@ def test_what_was_done_is_said_as_it_was_done(report, tmp_path, monkeypatch):
     figures = report.draw_figures(tmp_path)
     text = markdown(report.page, [path.relative_to(tmp_path) for path in figures])
     assert f"PGD-{QUICK.max_iter})" in titles[0]
-    assert f"The worst of PGD-{QUICK.max_iter} on cross-entropy" in text
+    assert f"the worst of PGD-{QUICK.max_iter} on cross-entropy" in text
     assert "PGD-50" not in text + titles[0]
     assert f"| corruptions, mean of {len(report.page['corruptions']['corruptions'])} " in text
 

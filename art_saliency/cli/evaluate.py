@@ -101,6 +101,8 @@ def _checked(args: argparse.Namespace) -> list[Path]:
 
     _checks.one_of("--version", args.version, ("standard", "plus", "rand"))
     _checks.whole("--batch-size", args.batch_size, least=1)
+    if args.images is not None:
+        _checks.whole("--images", args.images, least=1)
     _checks.whole("--audit-images", args.audit_images, least=1)
     if not args.full:
         refuse_unused(args, _ONLY_FULL, "without --full")

@@ -175,6 +175,8 @@ def _check_words(args: argparse.Namespace) -> None:
     from art_saliency import _checks
     from art_saliency.training.schedules import SCHEDULES
 
+    _checks.whole("--epochs", args.epochs, least=1)
+    _checks.whole("--batch-size", args.batch_size, least=1)
     _checks.one_of("--scheduler", args.scheduler, [*SCHEDULES, "none"])
     for option, measures in (("--selection", args.selection == "best"), ("--patience", args.patience is not None)):
         if measures and not args.validation_split:

@@ -77,7 +77,8 @@ def saliency_panel(
     for column in range(columns):
         for row, images in enumerate((x, x_adv)):
             wrong = predicted[row][column] != int(y[column])
-            show(axes[row][column], images[column], f"→ {name(predicted[row][column])}", vmin=0, vmax=1, cmap="gray")
+            said = f"{name(int(y[column]))} → {name(predicted[row][column])}"
+            show(axes[row][column], images[column], said, vmin=0, vmax=1, cmap="gray")
             axes[row][column].title.set_color("#b00020" if wrong else "#1b5e20")
         for row, maps_of_row in enumerate(maps, start=2):
             text = likeness(float(agreement[column])) if row == 3 else None
@@ -88,7 +89,7 @@ def saliency_panel(
     figure.text(
         0.5,
         0.005,
-        "→ predicted class (green right, red wrong); saliency = |gradient of the loss|, each scaled to its own maximum; "
+        "true → predicted class (green right, red wrong); saliency = |gradient of the loss|, each scaled to its own maximum; "
         "cos = similarity of the two saliencies",
         fontsize=6,
         ha="center",

@@ -60,7 +60,7 @@ def accuracy_curve(
 
     :param curves: For each network, rows with ``accuracy`` and ``interval_95`` by that number. :param path: The PNG.
     :param title: Of the figure. :param label: Of the horizontal axis. :param logarithmic: Whether it is.
-    :param marked: Where a vertical line is drawn. :return: The path.
+    :param marked: Where a vertical line is drawn, from which on the horizontal axis is logarithmic. :return: The path.
     """
     figure = _canvas(5.2, 3.4)
     axis = figure.subplots()
@@ -79,11 +79,15 @@ def accuracy_curve(
         )
     if marked is not None:
         axis.axvline(marked, color="0.5", lw=0.8, ls="--")
+        axis.set_xscale("symlog", linthresh=marked)  # what happens near a small radius would be one line at the left
     if logarithmic:
         axis.set_xscale("log")
+    if logarithmic or marked is not None:
         ticks = sorted({point for rows in curves.values() for point in rows})
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks], fontsize=7, rotation=0 if logarithmic else 60)
         axis.minorticks_off()
+    if marked is not None:
+        axis.set_xlim(-0.15 * marked, 1.2 * max(ticks))
     axis.set(xlabel=label, ylabel="accuracy, %", ylim=(-3, 103))
     axis.set_title(title, fontsize=9)
     axis.grid(alpha=0.25, lw=0.5)
@@ -235,5 +239,5 @@ def side_by_side(
     axis.set_xticks(range(len(networks)), list(networks), fontsize=7, rotation=20 if len(networks) > 4 else 0)
     axis.set(ylabel="accuracy, %", ylim=(0, 104))
     axis.set_title(title, fontsize=9)
-    axis.legend(fontsize=7, ncols=len(measures), loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    figure.legend(fontsize=7, ncols=len(measures), loc="outside lower center")
     return _saved(figure, path)

@@ -14,7 +14,7 @@ __all__ = ["interval", "markdown"]
 
 _CAPTIONS = {
     "waterfall": "What is left after each of AutoAttack's attacks in turn, with 95 % intervals.",
-    "accuracy_against_eps": "The worst of PGD-{steps} on cross-entropy and on margin; the dashed line is the radius of this report.",
+    "accuracy_against_eps": "Of the first {audited} images: the worst of PGD-{steps} on cross-entropy and on margin; the dashed line is the radius of this report.",
     "accuracy_against_steps": "PGD on the cross-entropy. A line that still falls at its end has not converged.",
     "saliency": "Input, adversarial input, and the gradient of the loss at both.",
     "loss_surface": "Around one image a panel: the direction of the gradient against a random one.",
@@ -129,7 +129,8 @@ def markdown(page: Mapping[str, Any], figures: Sequence[Path]) -> str:
     threat, details = page["threat_model"], page["autoattack"]["details"]
     steps = curve_steps(page["audit"]["budget"]["max_iter"])
     pictures = [
-        f"![{path.stem}]({path.as_posix()})\n\n{_CAPTIONS.get(path.stem, '').format(steps=steps)}" for path in figures
+        f"![{path.stem}]({path.as_posix()})\n\n{_CAPTIONS.get(path.stem, '').format(steps=steps, audited=page['audit']['count'])}"
+        for path in figures
     ]
     attack = in_words(details["version"], details["deviations"])
     warnings = [f"- AutoAttack: {line}" for line in [*details["deviations"], *details["warnings"]]]
