@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random as python
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -100,22 +101,28 @@ def set_global_states(states: dict[str, Tensor]) -> None:
             generator.set_state(states[name])
 
 
+_ONE_AT_A_TIME = threading.RLock()
+
+
 @contextmanager
 def global_generators_kept(seed: int | None = None) -> Iterator[None]:
     """
     Let torch's global generators, the CPU's and every GPU's, come back as they were.
 
+    They are the whole process's: another thread that comes here waits, else it would give back what is this one's.
+
     :param seed: What they are seeded with meanwhile; ``None`` leaves them where they stand.
     """
-    before = global_states()
-    if seed is not None:
-        # torch.manual_seed would leave an idle CUDA a seed for its start.
-        for generator in _global_generators().values():
-            generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        set_global_states(before)
+    with _ONE_AT_A_TIME:
+        before = global_states()
+        if seed is not None:
+            # torch.manual_seed would leave an idle CUDA a seed for its start.
+            for generator in _global_generators().values():
+                generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            set_global_states(before)
 
 
 @contextmanager

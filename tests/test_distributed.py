@@ -295,8 +295,9 @@ def test_of_two_processes_one_speaks_and_writes(tmp_path):
     assert page["history"]["meta"]["processes"] == 2
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json", "weights.pt", "best.pt"}
     answers = on_ranks(lambda rank: spoken([*words, "--resume"], tmp_path / str(rank)))
-    assert [code for code, _ in answers] == [2, 2]
-    assert "which is not empty" in answers[0][1], "the run is over: there is nothing to go on with"
+    assert [code for code, _ in answers] == [0, 0]
+    assert "this run is over, nothing was left to do" in answers[0][1]
+    assert answers[1][1] == ""
 
 
 def test_devices_starts_the_same_words_once_for_each(monkeypatch):

@@ -7,7 +7,6 @@ import gc
 import inspect
 import logging
 import os
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -199,9 +198,6 @@ def _part() -> None:
         torch.distributed.destroy_process_group()
 
 
-_ONE_AT_A_TIME = threading.RLock()
-
-
 @contextmanager
 def reproducible(seed: int, *, rank: int = 0, deterministic: bool) -> Iterator[None]:
     """
@@ -212,7 +208,6 @@ def reproducible(seed: int, *, rank: int = 0, deterministic: bool) -> Iterator[N
     :param deterministic: Whether torch refuses kernels whose result varies from run to run.
     """
     with (
-        _ONE_AT_A_TIME,
         global_generators_kept(seed + _APART * rank),
         host_generators_kept(seed),
         _kernels(deterministic),
