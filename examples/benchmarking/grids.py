@@ -160,7 +160,7 @@ HEADLINE_ARMS = (
     "fsr+adv-gsct:lambda_sep=0.1:lambda_rec=0.1",
     "adapter+adv-gsct",
 )
-"""What the headline claims are of."""
+"""What the headline claims are of. How many seeds they get is declared before these are run, never by what they give."""
 _FSR_WEAKER = ("fsr+pgd-at:lambda_sep=0.1:lambda_rec=0.1", "fsr+pgd-at:aux_warmup_share=1")
 ADV_GSCT_FORMS = (
     "adv-gsct:consensus=0",
@@ -267,7 +267,7 @@ GRIDS: dict[str, Grid] = {
         images=360,
         arms=(*METHODS, *_CONTROL_ARMS, *_COMBINATIONS),
         seeds=5,
-        headline_seeds=6,
+        headline_seeds=8,
         audited=100,
         **_DIGITS,
     ),
@@ -294,13 +294,14 @@ GRIDS: dict[str, Grid] = {
         title="MNIST (8,000 training images), Linf 0.2, small CNN of width 16, stride 2",
         eps=0.2,
         arms=(*METHODS, *_CONTROL_OF_EACH, *_FSR_WEAKER, "j-sigr:lambda_j=2@silu"),
+        headline_seeds=5,
         **_MNIST,
     ),
     "mnist-0.3": Grid(
         title="MNIST (8,000 training images), Linf 0.3, small CNN of width 16, stride 2",
         eps=0.3,
         arms=(*METHODS, *_CONTROL_OF_EACH, _FSR_WEAKER[0]),
-        headline_seeds=4,
+        headline_seeds=5,
         **_MNIST,
     ),
     "cifar10-jpeg-10k": Grid(
