@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "examples"))
 import benchmark  # noqa: E402
 from benchmarking import grids, pages, running  # noqa: E402
 from benchmarking.claims import CLAIMS, HEADLINE, TARGETS, Target  # noqa: E402
-from benchmarking.figures import figure_names, recorded  # noqa: E402
+from benchmarking.figures import drawn, figure_names, frontier, recorded  # noqa: E402
 
 from art_saliency.data import load_data  # noqa: E402
 from art_saliency.errors import InputError  # noqa: E402
@@ -49,6 +49,25 @@ def test_pages_are_current(runs):
 @pytest.mark.parametrize("name", figure_names(pages.load_runs(RESULTS)))
 def test_a_figure_shows_what_the_runs_say(name, runs):
     assert recorded(RESULTS / "figures" / f"{name}.png", runs, name), "python examples/benchmark.py pages"
+
+
+@pytest.mark.parametrize("name", figure_names(pages.load_runs(RESULTS)))
+def test_a_figure_has_something_in_every_panel_and_no_word_outside(name, runs):
+    figure = drawn(runs, name)
+    figure.draw_without_rendering()
+    canvas = figure.bbox.padded(1)
+    for axis in figure.get_axes():
+        assert axis.has_data() or not axis.axison
+        drawn_on = axis.get_tightbbox()
+        assert drawn_on is None or (canvas.contains(*drawn_on.min) and canvas.contains(*drawn_on.max)), axis.get_title()
+
+
+def test_the_frontier_is_of_arms_that_nothing_cheaper_or_as_cheap_beats():
+    points = [(2.0, 30.0), (1.0, 0.0), (3.0, 30.0), (2.0, 40.0), (4.0, 39.0), (8.0, 41.0)]
+    assert frontier(points) == [(1.0, 0.0), (2.0, 40.0), (8.0, 41.0)]
+    for price, worth in points:
+        beaten = any(p <= price and w >= worth and (p, w) != (price, worth) for p, w in points)
+        assert ((price, worth) in frontier(points)) != beaten
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: f"{path.parent.name}/{path.stem}")

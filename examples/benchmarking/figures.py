@@ -6,17 +6,17 @@ import base64
 import hashlib
 import json
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from art_saliency.evaluation.accuracy import binomial_interval
-from benchmarking.claims import CLAIMS, HEADLINE
-from benchmarking.grids import GRIDS
+from benchmarking.claims import CLAIMS
+from benchmarking.grids import GRIDS, HEADLINE_ARMS
 
-__all__ = ["content", "draw_all", "figure_names", "recorded"]
+__all__ = ["content", "draw_all", "drawn", "figure_names", "frontier", "recorded"]
 
 Runs = dict[str, dict[str, list[dict[str, Any]]]]
 _FAMILIES = (
@@ -28,8 +28,8 @@ _FAMILIES = (
 )
 _MAPS = "saliency-"
 _LEAST = 3
-_NAME_HEIGHT = 0.045  # of the axes
-_ALSO_NAMED = ("adapter+pgd-at", "j-sigr", "fsr+adv-gsct", "pgd-at:ema=0.99:awp=0.005")
+_NAME_HEIGHT = 0.042  # of the axes
+_NAMED = {*HEADLINE_ARMS, "pgd-at:ema=0.99:awp=0.005"}
 
 
 def figure_names(grids: Iterable[str]) -> tuple[str, ...]:
@@ -69,8 +69,9 @@ def content(runs: Runs, name: str) -> Any:
 
 
 def _points(runs: Runs, keys: tuple[str, ...]) -> Any:
+    """Of the arms that a claim is of: all others are in the figures of the claims."""
     return {
-        g: {a: [_point(r, *keys), _point(r, "autoattack", "accuracy")] for a, r in found.items()}
+        g: {a: [_point(r, *keys), _point(r, "autoattack", "accuracy")] for a, r in found.items() if a in _NAMED}
         for g, found in runs.items()
     }
 
@@ -99,27 +100,47 @@ def _panels(width: float, heights: list[float]) -> tuple[Any, list[Any]]:
     return figure, list(np.atleast_1d(figure.subplots(len(heights), 1, height_ratios=heights)))
 
 
-def _scatter(runs: Runs, name: str, label: str) -> Any:
-    """Robust accuracy against a figure: a point an arm, with :func:`_whiskers`; controls are small and unnamed."""
+def _scatter(runs: Runs, name: str, label: str, *, cost: bool) -> Any:
+    """
+    Robust accuracy against a figure: a point an arm that a claim is of, with :func:`_whiskers`.
+
+    :param cost: The figure is a price: it is drawn by its ratios, with a line through the arms that none beats for as little.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
     shown = content(runs, name)
-    figure, axes = _panels(7.4, [4.2] * len(shown))
-    for axis, (grid, arms) in zip(axes, shown.items(), strict=True):
-        named = {}
-        for arm, (across, up) in arms.items():
-            x, y = statistics.fmean(across), 100 * statistics.fmean(up)
-            if arm in HEADLINE or arm in _ALSO_NAMED:
-                named[arm] = x, y
-            size, alpha = (5, 1) if arm in named else (2.5, 0.5)
-            spread = _whiskers(up, GRIDS[grid].images)
-            axis.errorbar(x, y, yerr=spread, fmt="o", ms=size, capsize=2, lw=0.8, color=_colour(arm), alpha=alpha)
-        _labelled(axis, named)
-        single = all(len(up) == 1 for _, up in arms.values())
-        axis.set(
-            xlabel=label, ylabel=f"AutoAttack accuracy, % ({'95 % interval' if single else 'deviation over seeds'})"
-        )
-        axis.set_title(GRIDS[grid].title, fontsize=9)
+    rows = -(-len(shown) // 2)
+    figure = Figure(figsize=(13, 4.6 * rows), dpi=110, layout="constrained")
+    axes = list(figure.subplots(rows, 2, squeeze=False).flat)
+    for axis in axes[len(shown) :]:
+        axis.remove()
+    for axis, (grid, arms) in zip(axes[: len(shown)], shown.items(), strict=True):
+        points = {arm: (statistics.fmean(x), 100 * statistics.fmean(y)) for arm, (x, y) in arms.items()}
+        for arm, point in points.items():
+            spread = _whiskers(arms[arm][1], GRIDS[grid].images)
+            axis.errorbar(*point, yerr=spread, fmt="o", ms=5, capsize=2, lw=0.8, color=_colour(arm))
+        if cost:
+            axis.step(*zip(*frontier(points.values()), strict=True), where="post", color="0.75", lw=4, zorder=0)
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter(ScalarFormatter())
+            axis.xaxis.set_minor_formatter(NullFormatter())
+        _labelled(axis, points)
+        single = all(len(y) == 1 for _, y in arms.values())
+        up = f"AutoAttack accuracy, % ({'95 % interval' if single else 'deviation over seeds'})"
+        axis.set(xlabel=label, ylabel=up)
+        axis.set_title(GRIDS[grid].title, fontsize=9, loc="left")
         axis.grid(alpha=0.25, lw=0.5)
     return figure
+
+
+def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """:return: Those of (price, worth) that are worth more than all that cost no more, the cheapest first."""
+    best: list[tuple[float, float]] = []
+    for price, worth in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not best or worth > best[-1][1]:
+            best.append((price, worth))
+    return best
 
 
 def _whiskers(up: list[float], images: int) -> list[list[float]]:
@@ -142,15 +163,15 @@ def _labelled(axis: Any, named: dict[str, tuple[float, float]]) -> None:
     places = isotonic_regression(heights - gaps, y_min=0, y_max=1 - gaps[-1]) + gaps
     for place, arm in zip(places, ordered, strict=True):
         axis.annotate(
-            arm,
+            arm.replace(":lambda_sep=0.1:lambda_rec=0.1", ", lambdas 0.1"),
             named[arm],
             xytext=(1.03, place),
             textcoords="axes fraction",
-            fontsize=7,
+            fontsize=8.5,
             va="center",
             color=_colour(arm),
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": _colour(arm), "alpha": 0.6},
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "color": _colour(arm), "alpha": 0.6, "relpos": (0, 0.5)},
         )
 
 
@@ -205,19 +226,22 @@ def _maps(runs: Runs, name: str) -> Any:
     return figure
 
 
+def drawn(runs: Runs, name: str) -> Any:
+    """:return: The figure of that name (:func:`figure_names`), a matplotlib ``Figure``."""
+    if name == "cost":
+        return _scatter(runs, name, "forward-backward passes a step (standard training: 1)", cost=True)
+    if name == "consensus":
+        return _scatter(runs, name, "saliency consensus, clean and under PGD-20", cost=False)
+    return _maps(runs, name) if name.startswith(_MAPS) else _bars(runs, name)
+
+
 def draw_all(runs: Runs, folder: Path) -> list[Path]:
     """:return: The figures, written anew where they are not current."""
     folder.mkdir(parents=True, exist_ok=True)
-    draws: dict[str, Callable[[], Any]] = {
-        "cost": lambda: _scatter(runs, "cost", "forward-backward passes a step (standard training: 1)"),
-        **{name: (lambda name=name: _bars(runs, name)) for name in CLAIMS},
-        "consensus": lambda: _scatter(runs, "consensus", "saliency consensus, clean and under PGD-20"),
-        **{name: (lambda name=name: _maps(runs, name)) for name in figure_names(runs) if name.startswith(_MAPS)},
-    }
     written = []
     for name in figure_names(runs):
         path = folder / f"{name}.png"
         if not (path.is_file() and recorded(path, runs, name)):
-            draws[name]().savefig(path, metadata={"Source": _hash(content(runs, name)), "Software": None})
+            drawn(runs, name).savefig(path, metadata={"Source": _hash(content(runs, name)), "Software": None})
             written.append(path)
     return written

@@ -348,7 +348,7 @@ def _readme(runs: Runs) -> str:
             "",
             "![Robustness against cost](examples/results/figures/cost.png)",
             "",
-            "Small points without a name are controls and combinations. All arms, controls, combinations, differences, AutoAttack's own warnings, audits and figures: [examples/results/RESULTS.md](examples/results/RESULTS.md).",
+            "The grey line joins the arms that none beats for as few passes, by their means. All arms, controls, combinations, differences, AutoAttack's own warnings, audits and figures: [examples/results/RESULTS.md](examples/results/RESULTS.md).",
         ]
     )
 
