@@ -9,8 +9,8 @@ The experiments behind the README's and the cards' tables: one JSON a run in ``e
 
 A run that stands is left alone unless the grid's settings changed, or the grid asks for an audit of it that it lacks: it is then made
 again, on a CPU the same to the bit, with the audit. One that is interrupted is run again from its beginning, or, with ``--checkpoints FOLDER``,
-its training from where it was; and what is judged anew is not trained anew. To use several processors, start several processes on
-different seeds.
+its training from where it was; and what is judged anew is not trained anew. ``--jobs N`` makes N runs at a time, side by side on the processors or on the one GPU, with the
+same figures.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import signal
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +68,7 @@ def _refuse_a_mixture(folder: Path, kind: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run what is missing, seed by seed."""
-    import torch
-    from benchmarking.running import read_data, run_one
+    from benchmarking.running import read_data
 
     from art_saliency.cli._common import pick_device
 
@@ -75,15 +77,35 @@ def run(args: argparse.Namespace) -> int:
     for name in arms:
         if name not in grid.arms:
             raise _checks.refuse("--arms", repr(name), f"some of {', '.join(grid.arms)}")
-    torch.set_num_threads(_checks.whole("--threads", args.threads, least=1))
+    _checks.whole("--threads", args.threads, least=1)
+    jobs = _checks.whole("--jobs", args.jobs, least=1)
     device = pick_device(args.device)
     _refuse_a_mixture(args.out / args.grid, device.type)
-    data = read_data(grid, args.data)
+    read_data(grid, args.data)  # what is wrong with it is said once, before there are processes
     args.out.mkdir(parents=True, exist_ok=True)
     asked = grid.runs if args.seeds is None else [(name, seed) for seed in args.seeds for name in grid.arms]
+    asked = [
+        (name, seed)
+        for name, seed in asked
+        if name in arms and lacks(standing(args.out, args.grid, name, seed), grid, seed)
+    ]
+    if jobs == 1 or len(asked) < 2:
+        return _run_all(args, asked)
+    with contextlib.ExitStack() as kept:
+        if args.checkpoints is None:  # the processes hand each other the surrogates there
+            args.checkpoints = Path(kept.enter_context(tempfile.TemporaryDirectory()))
+        return _side_by_side(args, asked, min(jobs, len(asked)))
+
+
+def _run_all(args: argparse.Namespace, asked: Iterable[tuple[str, int]]) -> int:
+    import torch
+    from benchmarking.running import read_data, run_one
+
+    from art_saliency.cli._common import pick_device
+
+    torch.set_num_threads(args.threads)
+    data, device = read_data(GRIDS[args.grid], args.data), pick_device(args.device)
     for name, seed in asked:
-        if name not in arms or not lacks(standing(args.out, args.grid, name, seed), grid, seed):
-            continue
         began = time.perf_counter()
         page = run_one(args.grid, name, seed, data, args.out, device=device, checkpoints=args.checkpoints)
         figures = (page[key]["accuracy"] for key in ("clean", "pgd20", "autoattack", "transfer"))
@@ -94,6 +116,47 @@ def run(args: argparse.Namespace) -> int:
             flush=True,
         )
     return 0
+
+
+def _side_by_side(args: argparse.Namespace, asked: list[tuple[str, int]], jobs: int) -> int:
+    """Each of some processes takes the next run that none has. :return: The worst exit status."""
+    apart = multiprocessing.get_context("spawn")  # CUDA does not outlive a fork
+    taken = apart.Value("q", 0)
+    words = {**vars(args), "act": None}
+    processes = [apart.Process(target=_work, args=(words, GRIDS[args.grid], asked, taken)) for _ in range(jobs)]
+
+    def pass_on(number: int, frame: object) -> None:
+        for process in processes:
+            if number == signal.SIGTERM and process.is_alive():  # Ctrl-C reaches all of a terminal's anyway
+                process.terminate()
+
+    for process in processes:
+        process.start()
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for process in processes:
+            process.join()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    ended = [process.exitcode or 0 for process in processes]
+    return max(128 - code if code < 0 else code for code in ended)  # below 0: by that signal
+
+
+def _work(words: dict[str, Any], grid: Grid, asked: list[tuple[str, int]], taken: Any) -> None:
+    """What each of several processes does."""
+    args = argparse.Namespace(**words)
+    GRIDS[args.grid] = grid
+
+    def next_ones() -> Iterator[tuple[str, int]]:
+        while True:
+            with taken.get_lock():
+                number, taken.value = taken.value, taken.value + 1
+            if number >= len(asked):
+                return
+            yield asked[number]
+
+    raise SystemExit(_answered(lambda: _run_all(args, next_ones())))
 
 
 def show(args: argparse.Namespace) -> int:
@@ -169,6 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument(
         "--threads", type=int, default=1, help="of torch; figures depend on it a little (default: %(default)s)"
     )
+    command.add_argument("--jobs", type=int, default=1, help="runs at a time, a process each (default: %(default)s)")
     command.add_argument(
         "--device", default="cpu", help="cpu, cuda or cuda:N, one for all runs of a grid (default: cpu)"
     )
@@ -184,8 +248,13 @@ def main(argv: list[str] | None = None) -> int:
     for command in commands.choices.values():
         command.add_argument("--out", type=Path, default=RESULTS, help="the folder of results (default: %(default)s)")
     args = parser.parse_args(argv)
+    return _answered(lambda: args.act(args))
+
+
+def _answered(act: Callable[[], int]) -> int:
+    """:return: The exit status of what is done; an error is one line."""
     try:
-        return args.act(args)
+        return act()
     except TrainingInterrupted as error:
         name = signal.Signals(error.signal).name
         print(f"interrupted by {name} after step {error.step}; the same words go on", file=sys.stderr)

@@ -8,7 +8,9 @@ import os
 import shlex
 import signal
 import statistics
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -272,6 +274,40 @@ def test_equal_seeds_give_equal_networks(tiny, tmp_path):
         )
     first, second = (json.loads((tmp_path / f / "digits" / "standard-seed1.json").read_text()) for f in ("a", "b"))
     assert _differences(first, second) == set()
+
+
+def test_runs_side_by_side_are_those_one_after_another_and_share_their_surrogates(tiny, tmp_path, capfd):
+    assert benchmark.main(["run", "digits", "--out", str(tmp_path / "a")]) == 0
+    one_by_one = capfd.readouterr().out.splitlines()
+    kept = ["--checkpoints", str(tmp_path / "kept")]
+    assert benchmark.main(["run", "digits", "--jobs", "2", "--out", str(tmp_path / "b"), *kept]) == 0
+    beside = capfd.readouterr().out.splitlines()
+    assert sorted(line.rpartition("  ")[0] for line in beside) == sorted(
+        line.rpartition("  ")[0] for line in one_by_one
+    )
+    pages = {f: {p.name: json.loads(p.read_text()) for p in (tmp_path / f / "digits").iterdir()} for f in ("a", "b")}
+    assert len(pages["a"]) == len(one_by_one) == 4
+    for name, page in pages["a"].items():
+        assert _differences(page, pages["b"][name]) == set()
+    assert len(list((tmp_path / "kept" / "digits").iterdir())) == 4 + 2 * 2, "runs, and two surrogates a seed"
+    assert benchmark.main(["run", "digits", "--jobs", "2", "--out", str(tmp_path / "b"), *kept]) == 0
+    assert capfd.readouterr().out == "", "nothing is left to do"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_signal_reaches_all_runs_side_by_side(tmp_path, capfd):
+    kept, out = tmp_path / "trainings", tmp_path / "out"
+    words = ["run", "digits", "--arms", "pgd-at,trades", "--jobs", "2", "--out", str(out), "--checkpoints", str(kept)]
+    with subprocess.Popen([sys.executable, "examples/benchmark.py", *words], cwd=ROOT) as process:
+        deadline = time.monotonic() + 120
+        while (
+            len(list(kept.glob("digits/*/checkpoint.lock"))) < 2 and time.monotonic() < deadline
+        ):  # both are in their trainings
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert capfd.readouterr().err.count("interrupted by SIGTERM") == 2
+    assert not list(out.rglob("*.json"))
 
 
 def test_a_run_says_of_each_image_whether_it_was_withstood(tiny, tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from inspect import signature
 from pathlib import Path
@@ -263,9 +265,24 @@ def _surrogates(
     if key not in _KEPT:
         _KEPT.clear()
         budget = _budget(grid, data, _SURROGATE_SEED + seed, device=device)
-        trained = {name: _trained(grid_name, contestant(name, grid), budget, checkpoints) for name in _SURROGATES}
+        with _one_at_a_time(checkpoints):
+            trained = {name: _trained(grid_name, contestant(name, grid), budget, checkpoints) for name in _SURROGATES}
         _KEPT[key] = {name: those.trainer.get_classifier().model for name, those in trained.items()}
     return _KEPT[key]
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path | None) -> Iterator[None]:
+    """Several processes want the same surrogates: the first trains them and the others wait, to read what it kept."""
+    if folder is None or sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "surrogates.lock").open("ab") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
 
 
 _KEPT: dict[tuple[str, int, str], dict[str, nn.Module]] = {}
