@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from art_saliency.evaluation.accuracy import binomial_interval
+from art_saliency.evaluation.accuracy import with_interval
 from art_saliency.evaluation.audit import AuditReport
 from art_saliency.evaluation.autoattack import AutoAttackResult
 from art_saliency.threat import ThreatModel
@@ -58,7 +58,7 @@ def page_of(
 
 def row(share: float, count: int) -> dict[str, Any]:
     """:return: An accuracy with its interval."""
-    return {"accuracy": share, "interval_95": list(binomial_interval(round(share * count), count)), "count": count}
+    return {**with_interval(share, count), "count": count}
 
 
 def _waterfall(result: AutoAttackResult, count: int) -> dict[str, Any]:

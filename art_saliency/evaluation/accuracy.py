@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from art_saliency.modes import evaluating
 from art_saliency.randomness import RandomSource
 from art_saliency.threat import ThreatModel, a_threat_model
 
-__all__ = ["accuracy", "binomial_interval", "pgd_accuracy"]
+__all__ = ["accuracy", "binomial_interval", "pgd_accuracy", "with_interval"]
 
 
 def binomial_interval(successes: int, count: int, *, z: float = 1.96) -> tuple[float, float]:
@@ -32,6 +33,16 @@ def binomial_interval(successes: int, count: int, *, z: float = 1.96) -> tuple[f
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     # Exact at the ends, where rounding would leave 1e-17 below the only possible share.
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == count else centre + half)
+
+
+def with_interval(share: float, images: int, /, **more: Any) -> dict[str, Any]:
+    """
+    An accuracy as JSON files hold it.
+
+    :param share: Of the images, 0 to 1. :param more: What is to stand between them.
+    :return: ``accuracy`` and ``interval_95``.
+    """
+    return {"accuracy": share, **more, "interval_95": list(binomial_interval(round(share * images), images))}
 
 
 def _share_correct(

@@ -24,7 +24,7 @@ from art_saliency.evaluation._autoattack_guard import process_kept, seed_everyth
 from art_saliency.evaluation._autoattack_memory import weights_sha256
 from art_saliency.evaluation._autoattack_plan import in_words, square_needs
 from art_saliency.evaluation._inputs import placed, refuse_double
-from art_saliency.evaluation.accuracy import binomial_interval
+from art_saliency.evaluation.accuracy import with_interval
 from art_saliency.evaluation.autoattack import AutoAttackResult, autoattack
 from art_saliency.evaluation.paired import paired_difference
 from art_saliency.evaluation.table import markdown_table, percent
@@ -282,8 +282,7 @@ def _one_each(transferred: Tensor, count: int) -> Tensor:
 
 
 def _with_interval(score: Tensor) -> dict[str, Any]:
-    ends = binomial_interval(round(float(score.sum())), len(score))
-    return {"accuracy": float(score.mean()), "interval_95": list(ends), "count": len(score)}
+    return {**with_interval(float(score.mean()), len(score)), "count": len(score)}
 
 
 def _smallest_conviction(count: int) -> float:

@@ -24,7 +24,7 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from art_saliency import _checks
 from art_saliency.data import to_unit
-from art_saliency.evaluation.accuracy import accuracy, binomial_interval
+from art_saliency.evaluation.accuracy import accuracy, binomial_interval, with_interval
 
 __all__ = [
     "CORRUPTIONS",
@@ -243,11 +243,7 @@ class CorruptionResult:
         """:return: Every accuracy with its 95 % interval, severities as words, which JSON's keys are."""
 
         def measured(right: int) -> dict[str, Any]:
-            return {
-                "accuracy": right / self.count,
-                "correct": right,
-                "interval_95": list(binomial_interval(right, self.count)),
-            }
+            return with_interval(right / self.count, self.count, correct=right)
 
         return {
             "mean_accuracy": self.mean_accuracy,

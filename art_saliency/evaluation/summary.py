@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from art_saliency import _checks
 from art_saliency.data import to_unit
-from art_saliency.evaluation.accuracy import accuracy, binomial_interval, pgd_accuracy
+from art_saliency.evaluation.accuracy import accuracy, pgd_accuracy, with_interval
 from art_saliency.evaluation.autoattack import AutoAttackResult, autoattack
 from art_saliency.threat import ThreatModel
 
@@ -32,15 +32,11 @@ class Summary:
 
     def to_json(self) -> dict[str, Any]:
         """:return: The figures with their 95 % intervals, and everything AutoAttack's result carries."""
-
-        def with_interval(share: float) -> dict[str, Any]:
-            return {"accuracy": share, "interval_95": list(binomial_interval(round(share * self.images), self.images))}
-
         return {
             "images": self.images,
-            "clean": with_interval(self.clean),
-            "pgd20": with_interval(self.pgd20),
-            "autoattack": with_interval(self.autoattack.robust_accuracy),
+            "clean": with_interval(self.clean, self.images),
+            "pgd20": with_interval(self.pgd20, self.images),
+            "autoattack": with_interval(self.autoattack.robust_accuracy, self.images),
             "autoattack_details": self.autoattack.to_json(),
         }
 

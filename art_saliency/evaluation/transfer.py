@@ -17,7 +17,7 @@ from art_saliency import _checks
 from art_saliency.data import to_unit
 from art_saliency.evaluation._autoattack_memory import weights_sha256
 from art_saliency.evaluation._inputs import checked, home_of, pixels, right_answers, unbroken
-from art_saliency.evaluation.accuracy import binomial_interval
+from art_saliency.evaluation.accuracy import binomial_interval, with_interval
 from art_saliency.evaluation.transfer_attacks import TRANSFER_ATTACKS, ensemble_logits, transfer_attack
 from art_saliency.files import sha256_of_tensors
 from art_saliency.modes import evaluating
@@ -136,12 +136,7 @@ class TransferResult:
 
 
 def _measured(correct: int, count: int) -> dict[str, Any]:
-    return {
-        "accuracy": correct / count,
-        "correct": correct,
-        "count": count,
-        "interval_95": list(binomial_interval(correct, count)),
-    }
+    return with_interval(correct / count, count, correct=correct, count=count)
 
 
 def transfer(
