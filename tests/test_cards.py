@@ -44,7 +44,7 @@ def test_a_cards_code_runs(name, monkeypatch, capsys):
 @pytest.mark.parametrize("name", CARDS)
 def test_every_parameter_that_a_card_names_exists(name):
     """Words in backticks followed by an equals sign are keywords of the trainer, of its base, or of fit."""
-    known = set(TRAINERS[name].parameter_names()) | set(TRAINERS["pgd-at"].parameter_names())
+    known = TRAINERS[name].all_parameter_names({})
     known |= {
         "nb_epochs",
         "batch_size",

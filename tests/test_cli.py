@@ -769,6 +769,8 @@ def test_an_arm_is_a_method_its_parameters_the_runs_options_and_an_activation():
         "the method's own comes first"
     )
     assert parse_arm("mart:label_smoothing=0.1").options == {"label_smoothing": 0.1}
+    for layered in ("fsr+aalp", "fsr:base=aalp", "fsr"):
+        assert parse_arm(f"{layered}:label_smoothing=0.1").options == {}, "a base's own, however it is named"
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,11 @@ def test_the_readmes_passes_are_counted():
         assert ("TF32" if double_backward else "bf16") == ROWS[name][1]
 
 
+def test_a_base_that_is_not_named_is_given_the_same_attack():
+    found = counts("fsr,fsr+pgd-at", network="resnet18", side=8, eps=4 / 255, max_iter=2)
+    assert found["fsr"] == found["fsr+pgd-at"]
+
+
 def test_the_readme_states_the_constants_that_the_table_rests_on():
     machine, job = Machine(), Job(100)
     for constant in (

@@ -143,7 +143,7 @@ def parse_arm(
     layer, plus, base = method.partition("+")
     trainer = _checks.one_of("arm", layer, ["fsr"]) if plus else _checks.one_of("arm", method, TRAINERS)
     fixed = {"base": _checks.one_of("base", base, OBJECTIVES)} if plus else {}
-    own = {*TRAINERS[trainer].parameter_names(), *(OBJECTIVES[base].parameter_names() if plus else ())}
+    own = TRAINERS[trainer].all_parameter_names({**settings, **fixed})
     chosen = {name: value for name, value in settings.items() if name in options and name not in own}
     parameters = {**fixed, **{name: value for name, value in settings.items() if name not in chosen}}
     TRAINERS[trainer].check_parameters({"eps": 0.1, **parameters})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 __all__ = ["METHODS", "counts", "table"]
 
@@ -45,20 +45,12 @@ def counts(methods: str, *, network: str, side: int, eps: float, max_iter: int) 
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         classifier = make_classifier(model, input_shape=shape, num_classes=1000, optimizer=optimizer)
         kind, parameters = TRAINERS[arm.trainer], {"eps": eps, **arm.parameters}
-        names = {*kind.parameter_names(), *_base_names(arm.parameters)}
-        if "max_iter" in names:
+        if "max_iter" in kind.all_parameter_names(arm.parameters):
             parameters.setdefault("max_iter", max_iter)
         objective = kind(classifier, **parameters).objective
         passes = forward_backward_passes(classifier.model, objective, batch, plain=plain)
         found[arm.name] = (passes, objective.double_backward)
     return found
-
-
-def _base_names(parameters: Mapping[str, object]) -> Sequence[str]:
-    from art_saliency.methods import OBJECTIVES
-
-    base = parameters.get("base")
-    return OBJECTIVES[str(base)].parameter_names() if base else ()
 
 
 def table(found: Mapping[str, tuple[float, bool]]) -> str:

@@ -26,6 +26,7 @@ from art_saliency.modes import full_float32
 from art_saliency.networks import build_network
 from art_saliency.trainers._plain_loops import BARE, PLAIN, plain_epoch
 from art_saliency.trainers._timing import Turn, growth_of, waited
+from art_saliency.trainers.base import ObjectiveTrainer
 from art_saliency.trainers.methods import TRAINERS
 from art_saliency.trainers.runs import make_classifier
 from art_saliency.training.cost import step_operations
@@ -115,7 +116,7 @@ class Contestants:
 
     def __init__(self, entry: Entry, setting: Setting, x: Tensor, y: Tensor, folder: Path) -> None:
         self.entry, self.setting, self.x, self.y = entry, setting, x, y
-        self.base = _base_of(entry)
+        kind = TRAINERS[_checks.one_of("method", entry.trainer, TRAINERS)]
         self.device = torch.device(setting.device)
         torch.manual_seed(setting.seed)
         model = build_network(**{**setting.network, **entry.network})
@@ -126,8 +127,9 @@ class Contestants:
             optimizer=torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4),
             device=self.device,
         )
-        self.trainer = TRAINERS[entry.trainer](self.classifier, **_parameters(model, entry, setting))
+        self.trainer = kind(self.classifier, **_parameters(kind, model, entry, setting))
         self.name = self.trainer.objective.name
+        self.base = None if self.name == kind.method_name() else self.name  # the method under an FSR layer
         if self.trainer.objective.needs_maps:  # the teacher's cost is not a step's: its maps are made once and kept
             teacher: Any = copy.deepcopy(self.classifier.model).requires_grad_(False).eval()
             self.trainer.objective.teacher = teacher
@@ -245,18 +247,12 @@ def _autocast(device: torch.device, precision: str) -> AbstractContextManager[An
     return torch.autocast(device.type, torch.bfloat16, enabled=precision != "32-true")
 
 
-def _base_of(entry: Entry) -> str | None:
-    """:return: The method under an FSR layer; ``None`` without one."""
-    trainer = TRAINERS[_checks.one_of("method", entry.trainer, TRAINERS)]
-    return str(entry.parameters.get("base", "pgd-at")) if "base" in trainer.parameter_names() else None
-
-
-def _parameters(model: nn.Module, entry: Entry, setting: Setting) -> dict[str, Any]:
+def _parameters(kind: type[ObjectiveTrainer], model: nn.Module, entry: Entry, setting: Setting) -> dict[str, Any]:
     """The common radius and attack steps, and every term at full weight from the first step on."""
-    known = {name for kind in (entry.trainer, _base_of(entry)) if kind for name in TRAINERS[kind].parameter_names()}
+    known = kind.all_parameter_names(entry.parameters)
     common = {"max_iter": setting.max_iter, **dict.fromkeys(_WARM_UPS, 0.0)}
     given = {name: value for name, value in common.items() if name in known}
-    return {**TRAINERS[entry.trainer].defaults_for(model), "eps": setting.eps, **given, **entry.parameters}
+    return {**kind.defaults_for(model), "eps": setting.eps, **given, **entry.parameters}
 
 
 # --- ART's own -------------------------------------------------------------------------------------------------------

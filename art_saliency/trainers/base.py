@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -96,6 +96,16 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
     def parameter_names(cls) -> tuple[str, ...]:
         """:return: The constructor's keywords."""
         return cls.objective_class.parameter_names()
+
+    @classmethod
+    def objective_for(cls, parameters: Mapping[str, Any]) -> type[Objective]:
+        """:return: The objective that the constructor makes of these parameters."""
+        return cls.objective_class
+
+    @classmethod
+    def all_parameter_names(cls, parameters: Mapping[str, Any]) -> set[str]:
+        """:return: The constructor's keywords, and those that it passes on to the objective that these parameters choose."""
+        return {*cls.parameter_names(), *cls.objective_for(parameters).parameter_names()}
 
     @classmethod
     def check_parameters(cls, parameters: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_type_hints
 
 import torch
@@ -90,11 +90,15 @@ class FSRTrainer(ObjectiveTrainer):
         return ("target", "base", *_LAYER)
 
     @classmethod
+    def objective_for(cls, parameters: Mapping[str, Any]) -> type[Objective]:
+        """:return: The base method's, of which there is a name."""
+        return OBJECTIVES[_checks.one_of("base", parameters.get("base", cls.objective_class.name), OBJECTIVES)]
+
+    @classmethod
     def check_parameters(cls, parameters: dict[str, Any]) -> None:
         """Refuse what the constructor would, before there is a classifier."""
         own = {name: value for name, value in parameters.items() if name in cls.parameter_names()}
-        base = own.get("base", "pgd-at")
-        cls._build(_base_class(base), {name: value for name, value in parameters.items() if name not in own})
+        cls._build(cls.objective_for(own), {name: value for name, value in parameters.items() if name not in own})
         FSRLayer(1, 2, **{name: own[name] for name in _LAYER if name in own})
 
     @classmethod
@@ -110,7 +114,7 @@ class FSRTrainer(ObjectiveTrainer):
     def _make_objective(self, objective: type[Objective], parameters: dict[str, Any]) -> Objective:
         if isinstance(self._base, Objective):
             return self._base
-        return super()._make_objective(_base_class(self._base), parameters)
+        return super()._make_objective(self.objective_for({"base": self._base}), parameters)
 
     def _check_run(self, batch_size: Any, nb_epochs: Any, scheduler: Any, options: RunOptions) -> tuple[int, int]:
         checked = super()._check_run(batch_size, nb_epochs, scheduler, options)
@@ -124,10 +128,6 @@ class FSRTrainer(ObjectiveTrainer):
                     "build it after FSRTrainer, which adds the FSR layer's group to the optimizer",
                 )
         return checked
-
-
-def _base_class(base: str) -> type[Objective]:
-    return OBJECTIVES[_checks.one_of("base", base, OBJECTIVES)]
 
 
 def _add_parameters(optimizer: Optimizer, layer: FSRLayer, target: str) -> None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from art_saliency.cli._arms import Arm, parse_arm
-from art_saliency.methods import OBJECTIVES
 from art_saliency.methods.adapter import insert_adapter
 from art_saliency.methods.fsr import fsr_layers, insert_fsr
 from art_saliency.modes import evaluating
+from art_saliency.trainers.methods import TRAINERS
 
 __all__ = [
     "ADV_GSCT_FORMS",
@@ -130,11 +130,11 @@ def contestant(name: str, grid: Grid) -> Contestant:
         method, at, activation = text.partition("@")
         text = f"{method}:hidden={grid.hidden}{at}{activation}"
     plain = parse_arm(text)
-    method = plain.parameters.get("base", plain.trainer)
-    taken = OBJECTIVES[method].parameter_names()
+    objective = TRAINERS[plain.trainer].objective_for(plain.parameters)
+    taken = objective.parameter_names()
     parameters = {**{k: v for k, v in grid.parameters.items() if k in taken}, **plain.parameters}
     options = {**grid.options, **plain.options}
-    if OBJECTIVES[method].double_backward:
+    if objective.double_backward:
         options.pop("precision", None)  # input gradients are differentiated in float32 alone
     arm = Arm(name, plain.method, plain.trainer, parameters, plain.network, options)
     return Contestant(name, arm, None if control is None else control(grid))

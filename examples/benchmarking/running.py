@@ -30,7 +30,6 @@ from art_saliency.evaluation.saliency_maps import named_maps
 from art_saliency.evaluation.summary import summarise
 from art_saliency.evaluation.transfer import transfer
 from art_saliency.files import write_file
-from art_saliency.methods import OBJECTIVES
 from art_saliency.methods.fsr import FSRLayer, mask_share_inside
 from art_saliency.randomness import RandomSource
 from art_saliency.threat import ThreatModel
@@ -76,7 +75,7 @@ def settings_of(grid: Grid, entry: Contestant, seed: int) -> dict[str, Any]:
 def method_of(grid: Grid, entry: Contestant) -> dict[str, Any]:
     """:return: What the arm's method is set to now, defaults included, JSON-able: a stored run whose method is set otherwise is run again."""
     given = {**entry.arm.parameters, "eps": grid.eps, "norm": "Linf"}
-    objective = OBJECTIVES[given.get("base", entry.arm.trainer)]
+    objective = TRAINERS[entry.arm.trainer].objective_for(given)
     made = objective(**{name: value for name, value in given.items() if name in objective.parameter_names()})
     own = signature(TRAINERS[entry.arm.trainer]).parameters.values()
     layer = {p.name: given.get(p.name, p.default) for p in own if isinstance(p.default, (bool, int, float))}
