@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import random as python
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +19,11 @@ __all__ = [
     "RandomSource",
     "global_generators_kept",
     "global_states",
-    "host_generators_kept",
+    "host_states",
     "normal",
+    "seed_everything",
     "set_global_states",
+    "set_host_states",
     "uniform",
 ]
 
@@ -83,60 +86,72 @@ def normal(like: Tensor, random: RandomSource | None = None) -> Tensor:
     return math.sqrt(2) * torch.erfinv((2 * uniform(like, random) - 1).clamp(-1 + 1e-6, 1 - 1e-6))
 
 
-def _global_generators() -> dict[str, torch.Generator]:
-    """Torch's own, of the CPU and of every GPU. An idle CUDA is not started for this."""
+def _torch_generators() -> dict[str, torch.Generator]:
+    """The CPU's and every GPU's. Asking an idle CUDA for its own would start it: hundreds of MiB, and no fork afterwards."""
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else range(0)  # type: ignore[no-untyped-call]
     return {"cpu": torch.default_generator, **{f"cuda:{gpu}": torch.cuda.default_generators[gpu] for gpu in gpus}}
 
 
-def global_states() -> dict[str, Tensor]:
-    """:return: Where torch's global generators stand, for :func:`set_global_states`."""
-    return {name: generator.get_state() for name, generator in _global_generators().items()}
+def host_states() -> dict[str, Any]:
+    """:return: Where NumPy's and Python's global generators stand, in types that ``torch.load(weights_only=True)`` reads."""
+    numpy: Any = np.random.get_state()  # noqa: NPY002, ART's attacks and data generators draw from it
+    _, keys, position, has_gauss, gauss = numpy
+    version, words, pending = python.getstate()
+    return {
+        "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
+        "python": [version, torch.tensor(words), pending],
+    }
 
 
-def set_global_states(states: dict[str, Tensor]) -> None:
+def set_host_states(states: Mapping[str, Any]) -> None:
+    """Continue where :func:`host_states` was taken."""
+    keys, position, has_gauss, gauss = states["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+    version, words, pending = states["python"]
+    python.setstate((version, tuple(words.tolist()), pending))
+
+
+def global_states() -> dict[str, Any]:
+    """:return: Where every global generator stands, torch's and those of :func:`host_states`, for :func:`set_global_states`."""
+    return {**{name: generator.get_state() for name, generator in _torch_generators().items()}, **host_states()}
+
+
+def set_global_states(states: Mapping[str, Any]) -> None:
     """Continue where :func:`global_states` was taken."""
-    for name, generator in _global_generators().items():
+    for name, generator in _torch_generators().items():
         if name in states:
             generator.set_state(states[name])
+    if "cuda:0" not in states and torch.cuda.is_available():
+        # Seeds given to an idle CUDA wait for its start. Its state cannot be read, but torch seeds it with the CPU's.
+        torch.cuda.manual_seed_all(torch.initial_seed())
+    set_host_states(states)
+
+
+def seed_everything(seed: int, host_seed: int | None = None) -> None:
+    """Seed every global generator: a randomised network may draw from any of them. :param host_seed: NumPy's and Python's, if another."""
+    host_seed = seed if host_seed is None else host_seed
+    torch.manual_seed(seed)
+    python.seed(host_seed)
+    np.random.seed(host_seed % 2**32)  # noqa: NPY002
 
 
 _ONE_AT_A_TIME = threading.RLock()
 
 
 @contextmanager
-def global_generators_kept(seed: int | None = None) -> Iterator[None]:
+def global_generators_kept(seed: int | None = None, host_seed: int | None = None) -> Iterator[None]:
     """
-    Let torch's global generators, the CPU's and every GPU's, come back as they were.
+    Let the global generators, torch's, NumPy's and Python's, come back as they were.
 
     They are the whole process's: another thread that comes here waits, else it would give back what is this one's.
 
-    :param seed: What they are seeded with meanwhile; ``None`` leaves them where they stand.
+    :param seed: What they are seeded with meanwhile; ``None`` leaves them where they stand. :param host_seed: As of :func:`seed_everything`.
     """
     with _ONE_AT_A_TIME:
         before = global_states()
-        if seed is not None:
-            # torch.manual_seed would leave an idle CUDA a seed for its start.
-            for generator in _global_generators().values():
-                generator.manual_seed(seed)
         try:
+            if seed is not None:
+                seed_everything(seed, host_seed)
             yield
         finally:
             set_global_states(before)
-
-
-@contextmanager
-def host_generators_kept(seed: int) -> Iterator[None]:
-    """
-    Seed NumPy's and Python's global generators, from which ART's attacks and data generators draw; they come back as they were.
-
-    :param seed: 0 to 2**63 - 1.
-    """
-    before = np.random.get_state(), python.getstate()  # noqa: NPY002
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    python.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(before[0])  # noqa: NPY002
-        python.setstate(before[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -210,7 +211,7 @@ def test_an_attack_of_the_users_own_draws_anew_in_every_step_as_it_does_without(
         found = []
 
         def attack(model, x, y):
-            found.append(torch.rand_like(x))
+            found.append(torch.rand_like(x) * float(np.random.rand()))  # noqa: NPY002, as ART's attacks do
             return x + 0.1 * (found[-1] - 0.5)
 
         model = nn.Sequential(small_network(norm=True), nn.Dropout(dropout))

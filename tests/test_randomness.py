@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random as python
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -99,6 +101,7 @@ def test_normal_numbers_are_finite_at_the_ends_of_the_uniform_ones():
 
 @pytest.mark.parametrize("seed", [None, 3])
 def test_the_global_generators_come_back_also_after_an_error(seed):
+    host = python.getstate(), str(np.random.get_state())  # noqa: NPY002
     torch.manual_seed(0)
     before = torch.rand(2)
     expected = torch.rand(2)
@@ -106,8 +109,13 @@ def test_the_global_generators_come_back_also_after_an_error(seed):
     assert torch.equal(torch.rand(2), before)
     with contextlib.suppress(KeyError), global_generators_kept(seed):
         drawn = torch.rand(2)
+        if seed is not None:
+            assert python.random() == python.Random(seed).random()
+            assert np.random.rand() == np.random.RandomState(seed).rand()  # noqa: NPY002
+        python.gauss(0, 1), np.random.randn()  # noqa: NPY002, both keep a second number for later
         raise KeyError
     assert torch.equal(torch.rand(2), expected)
     assert torch.equal(
         drawn, expected if seed is None else torch.rand(2, generator=torch.Generator().manual_seed(seed))
     )
+    assert (python.getstate(), str(np.random.get_state())) == host  # noqa: NPY002

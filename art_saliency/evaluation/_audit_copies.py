@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from art_saliency.modes import side_pass, training
-from art_saliency.randomness import global_generators_kept, host_generators_kept
+from art_saliency.randomness import global_generators_kept
 
 _KINKED = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Threshold, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish)
 _SHARPNESS = 10.0  # of the softplus: within 0.07 of a ReLU everywhere, and curved over a few tenths around its kink
@@ -48,7 +48,7 @@ class SameNoise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """:return: (N, K)."""
-        with global_generators_kept(self.seed), host_generators_kept(self.seed):
+        with global_generators_kept(self.seed):
             logits: Tensor = self.model(x)
         return logits
 

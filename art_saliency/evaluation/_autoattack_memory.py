@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from art_saliency import _checks
 from art_saliency.errors import CheckpointError
 from art_saliency.evaluation._autoattack_backend import Messages
-from art_saliency.evaluation._autoattack_guard import random_state, set_random_state
 from art_saliency.files import read_tensors, sha256_of_tensors, write_file, write_tensors
+from art_saliency.randomness import global_states, set_global_states
 
 _FINGERPRINT = "fingerprint.json"
 
@@ -89,9 +89,10 @@ class Memory:
 
     def key(self, attack: str, call: int, x: Tensor, y: Tensor) -> str:
         """:return: SHA-256 of everything that the call's outcome depends on."""
-        state = random_state()
-        tensors = {"x": x, "y": y, "torch": state["torch"], **{f"cuda {i}": s for i, s in enumerate(state["cuda"])}}
-        plain = (self._identity, attack, call, state["python"], state["numpy"], sha256_of_tensors(tensors))
+        state = global_states()
+        (keys, *numpy), (version, words, pending) = state.pop("numpy"), state.pop("python")
+        tensors = sha256_of_tensors({"x": x, "y": y, "numpy": keys, "python": words, **state})
+        plain = (self._identity, attack, call, numpy, version, pending, tensors)
         return hashlib.sha256(repr(plain).encode()).hexdigest()
 
     def recall(self, attack: str, call: int, key: str, device: torch.device) -> dict[str, Any] | None:
@@ -163,14 +164,14 @@ class Calls:
                 self._number,
                 key=key,
                 x_adv=x_adv.detach(),
-                random=random_state(),
+                random=global_states(),
                 warnings=self.messages.warnings[warned:],
                 seconds=time.perf_counter() - began,
             )
             return x_adv
         for warning in known["warnings"]:
             self.messages.warning(warning)
-        set_random_state(known["random"])
+        set_global_states(known["random"])
         self.remembered_seconds += known["seconds"]
         found: Tensor = known["x_adv"]
         return found

@@ -20,7 +20,7 @@ from art_saliency.evaluation import _audit_gradients as gradients
 from art_saliency.evaluation import _audit_others as others
 from art_saliency.evaluation._audit_check import MASKED, ORDERS, PASS, SUSPICIOUS, Check
 from art_saliency.evaluation._audit_laboratory import AuditBudget, Laboratory
-from art_saliency.evaluation._autoattack_guard import process_kept, seed_everything
+from art_saliency.evaluation._autoattack_guard import process_kept
 from art_saliency.evaluation._autoattack_memory import weights_sha256
 from art_saliency.evaluation._autoattack_plan import in_words, square_needs
 from art_saliency.evaluation._inputs import placed, refuse_double
@@ -30,6 +30,7 @@ from art_saliency.evaluation.paired import paired_difference
 from art_saliency.evaluation.table import markdown_table, percent
 from art_saliency.evaluation.transfer import transfer
 from art_saliency.files import sha256_of_tensors
+from art_saliency.randomness import seed_everything
 from art_saliency.threat import ThreatModel
 
 __all__ = ["TOO_FEW", "VERDICTS", "AuditBudget", "AuditReport", "Check", "audit", "check_radius", "collect_variants"]

@@ -21,7 +21,7 @@ from art_saliency import _checks
 from art_saliency.data import to_unit
 from art_saliency.errors import UnsupportedModelError
 from art_saliency.evaluation._autoattack_backend import LOG, Messages, find_backend
-from art_saliency.evaluation._autoattack_guard import process_kept, seed_everything
+from art_saliency.evaluation._autoattack_guard import process_kept
 from art_saliency.evaluation._autoattack_memory import Calls, Memory, Tally, weights_sha256
 from art_saliency.evaluation._autoattack_plan import (
     ATTACKS,
@@ -36,6 +36,7 @@ from art_saliency.evaluation.accuracy import binomial_interval
 from art_saliency.files import sha256_of_tensors
 from art_saliency.gradients import input_gradient
 from art_saliency.modes import tensor_float32
+from art_saliency.randomness import seed_everything
 from art_saliency.threat import ThreatModel
 
 __all__ = ["ATTACKS", "VERSIONS", "AutoAttackResult", "autoattack"]

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from art_saliency import _checks
 from art_saliency.errors import UnsupportedModelError
-from art_saliency.evaluation._autoattack_guard import random_state, set_random_state
 from art_saliency.gradients import input_gradient
 from art_saliency.modes import evaluating, frozen
 from art_saliency.perturbation_saliency import perturbation_saliency
+from art_saliency.randomness import global_generators_kept
 
 __all__ = [
     "SaliencyMap",
@@ -32,7 +32,6 @@ __all__ = [
     "loss_saliency",
     "named_maps",
     "occlusion",
-    "randomness_kept",
     "smoothgrad",
     "unit_maps",
 ]
@@ -41,16 +40,6 @@ SaliencyMap = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """(model, x (N, C, H, W), y (N,)) -> (N, C, H, W) or (N, 1, H, W), detached."""
 
 _PURPOSE = "This saliency map"
-
-
-@contextmanager
-def randomness_kept() -> Iterator[None]:
-    """Give every global generator its state back on exit: a library may draw from them in between."""
-    state = random_state()
-    try:
-        yield
-    finally:
-        set_random_state(state)
 
 
 @contextmanager
@@ -158,7 +147,7 @@ def smoothgrad(
     seed = _checks.seed(seed)
     tunnel = attr.NoiseTunnel(attr.Saliency(model))
     maps = []
-    with _explained(model), randomness_kept():
+    with _explained(model), global_generators_kept():
         for image, target in zip(torch.split(x.detach().clone(), 1), torch.split(y, 1), strict=True):
             torch.manual_seed(seed)
             maps.append(

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from art_saliency import _checks
-from art_saliency.evaluation.saliency_maps import SaliencyMap, randomness_kept
+from art_saliency.evaluation.saliency_maps import SaliencyMap
 from art_saliency.evaluation.saliency_metrics import rank_correlation
+from art_saliency.randomness import global_generators_kept
 
 __all__ = ["Randomisation", "model_randomisation"]
 
@@ -86,7 +87,7 @@ def model_randomisation(
     """
     seed = _checks.seed(seed)
     original = saliency_map(model, x, y)
-    with randomness_kept():
+    with global_generators_kept():
         forgetful = copy.deepcopy(model).eval()
         layers = _layers_from_the_logits_down(forgetful, x)
         if not layers:

@@ -63,7 +63,7 @@ class Batch:
     maps: Tensor | None = None
     random: RandomSource | None = None
     target_model: nn.Module | None = None
-    kept: dict[str, Tensor] | None = None
+    kept: dict[str, Any] | None = None
 
 
 @dataclass

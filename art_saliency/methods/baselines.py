@@ -279,7 +279,8 @@ class AdversarialObjective(Objective):
             set_global_states(batch.kept)
             if batch.random is not None:
                 batch.random.load_state_dict({"generator": batch.kept["generator"]})
-            return batch.kept["x_adv"]
+            found: Tensor = batch.kept["x_adv"]
+            return found
         x, share = batch.x.detach(), self.radius(batch.progress)
         threat = self.threat.scaled(share)
         with evaluating(model), frozen(model):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from art_saliency.errors import UnsupportedModelError
-from art_saliency.evaluation._autoattack_guard import random_state, set_random_state
 from art_saliency.files import is_dense
 from art_saliency.modes import evaluating, frozen
+from art_saliency.randomness import global_generators_kept
 from art_saliency.robustbench.traces import Call, LoopWatch, gradient_stops, same, trace
 
 __all__ = ["Violation", "key_violations", "network_violations", "probe_images", "refusal"]
@@ -122,10 +122,16 @@ def network_violations(model: nn.Module, input_shape: Sequence[int], num_classes
     """
     like = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.zeros(()))
     x = probe_images(input_shape).to(like.device)  # float32, as RobustBench's own images are, whatever the network is
-    before, randomness = {k: v.clone() for k, v in _state(model).items()}, random_state()
+    before = {k: v.clone() for k, v in _state(model).items()}
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
-        with torch.inference_mode(False), torch.enable_grad(), evaluating(model), frozen(model):
+        with (
+            global_generators_kept(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            evaluating(model),
+            frozen(model),
+        ):
             return _violations(model, x, num_classes, before)
     finally:
         for parameter, gradient in gradients:
@@ -134,7 +140,6 @@ def network_violations(model: nn.Module, input_shape: Sequence[int], num_classes
             for key, value in _state(model).items():
                 if key in before and not same(value, before[key]):
                     value.copy_(before[key])
-        set_random_state(randomness)
 
 
 def _violations(model: nn.Module, x: Tensor, num_classes: int, before: Mapping[str, Tensor]) -> list[Violation]:

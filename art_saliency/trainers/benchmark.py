@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from art_saliency import _checks
-from art_saliency.randomness import global_generators_kept, host_generators_kept
+from art_saliency.randomness import global_generators_kept
 from art_saliency.trainers._contestants import Contestants, Entry, Setting
 from art_saliency.trainers._timing import Spread, exact_memory, interleaved, matrix_turn, per_round
 from art_saliency.training.records import versions
@@ -94,11 +94,7 @@ def benchmark(
     if not names or len(set(names)) < len(names):
         raise _checks.refuse("methods", ", ".join(names) or "none", "at least one, each once")
     device = torch.device(setting.device)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        global_generators_kept(setting.seed),
-        host_generators_kept(setting.seed),
-    ):
+    with tempfile.TemporaryDirectory() as folder, global_generators_kept(setting.seed):
         x, y = _images(setting)
         with exact_memory():
             methods = {entry.name: Contestants(entry, setting, x, y, Path(folder)) for entry in entries}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from art_saliency import _checks
-from art_saliency.randomness import global_generators_kept, host_generators_kept
+from art_saliency.randomness import global_generators_kept
 
 __all__ = ["PRECISIONS", "Engine", "launched", "reproducible"]
 
@@ -207,11 +207,7 @@ def reproducible(seed: int, *, rank: int = 0, deterministic: bool) -> Iterator[N
     :param rank: Of several processes: each has dropout of its own, while data generators shuffle alike in all.
     :param deterministic: Whether torch refuses kernels whose result varies from run to run.
     """
-    with (
-        global_generators_kept(seed + _APART * rank),
-        host_generators_kept(seed),
-        _kernels(deterministic),
-    ):
+    with global_generators_kept(seed + _APART * rank, host_seed=seed), _kernels(deterministic):
         yield
 
 

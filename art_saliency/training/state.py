@@ -8,7 +8,6 @@ that were trained on, and goes on with the random states of the interruption. So
 from __future__ import annotations
 
 import hashlib
-import random
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from torch import Tensor
 from art_saliency import _checks
 from art_saliency.errors import CheckpointError
 from art_saliency.methods.base import Batch
+from art_saliency.randomness import host_states, set_host_states
 
 if TYPE_CHECKING:
     from art_saliency.training.loop import Run
@@ -31,14 +31,10 @@ __all__ = ["RunState", "begin_epoch", "changed", "digests", "own_leaves", "rando
 
 def random_states(run: Run) -> dict[str, Any]:
     """:return: The states of all that draws in a run: its own source, and torch's, NumPy's and Python's global generators."""
-    numpy: Any = np.random.get_state()  # noqa: NPY002, ART's attacks draw from it
-    _, keys, position, has_gauss, gauss = numpy
-    version, words, pending = random.getstate()
     states = {
         "run": run.random.state_dict(),
         "torch": torch.get_rng_state(),
-        "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
-        "python": [version, torch.tensor(words), pending],
+        **host_states(),
         # A loader may shuffle with a generator of its own.
         "batches": [generator.get_state() for generator in run.batches.generators],
     }
@@ -51,10 +47,7 @@ def set_random_states(run: Run, states: dict[str, Any]) -> None:
     """Continue where :func:`random_states` was taken."""
     run.random.load_state_dict(states["run"])
     torch.set_rng_state(states["torch"])
-    keys, position, has_gauss, gauss = states["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
-    version, words, pending = states["python"]
-    random.setstate((version, tuple(words.tolist()), pending))
+    set_host_states(states)
     for generator, state in zip(run.batches.generators, states["batches"], strict=True):
         generator.set_state(state)
     if "cuda" in states:
