@@ -29,6 +29,7 @@ __all__ = [
     "Augmentation",
     "DataSet",
     "augmentation_by_name",
+    "held_out_count",
     "image_folder_loader",
     "load_data",
     "stratified_split",
@@ -50,6 +51,14 @@ def to_unit(x: Tensor) -> Tensor:
     return x.float().div_(255) if x.dtype == torch.uint8 else x
 
 
+def held_out_count(validation_split: float, count: int) -> int:
+    """:return: How many of `count` training images a share, above 0 and below 1, sets aside: one at least, and not all."""
+    share = _checks.real("validation_split", validation_split, above=0, below=1)
+    if count < 2:
+        raise _checks.refuse("validation_split", f"a training set of {count} image", "at least 2 images")
+    return min(max(1, round(share * count)), count - 1)
+
+
 def stratified_split(y: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """
     Set `count` images aside at random, of every class its share as nearly as whole images allow.
@@ -60,7 +69,7 @@ def stratified_split(y: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """
     _checks.whole("count", count, least=1, most=len(y) - 1)
     # The only generator of these libraries whose numbers are promised never to change (NumPy's NEP 19).
-    random = np.random.RandomState(_checks.whole("seed", seed, most=2**32 - 1))
+    random = np.random.RandomState(_checks.seed(seed) % 2**32)
     labels = y.cpu().numpy()
     sizes = np.bincount(labels)
     shares = sizes * count / len(labels)
@@ -135,11 +144,7 @@ class DataSet:
         :param validation_split: The share to set aside, above 0 and below 1; at least one image.
         :return: (x, y) to train on and (x, y) to validate on, both copies.
         """
-        share = _checks.real("validation_split", validation_split, above=0, below=1)
-        count = len(self.y_train)
-        if count < 2:
-            raise _checks.refuse("validation_split", f"a training set of {count} image", "at least 2 images")
-        parts = stratified_split(self.y_train, min(max(1, round(share * count)), count - 1), seed)
+        parts = stratified_split(self.y_train, held_out_count(validation_split, len(self.y_train)), seed)
         train, validation = ((self.x_train[index], self.y_train[index]) for index in parts)
         return train, validation
 

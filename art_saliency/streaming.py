@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from art_saliency import _checks, data
 from art_saliency._batch_sizes import batches_in
-from art_saliency.data import DataSet, load_data, stratified_split, to_unit
+from art_saliency.data import DataSet, held_out_count, load_data, stratified_split, to_unit
 from art_saliency.image_folders import ImageFiles, crop, files_loader, images_of
 
 __all__ = ["HELD_OUT_LIMIT", "Pictures", "StreamedSet", "open_data", "split_augmentation"]
@@ -127,12 +127,8 @@ class StreamedSet:
         :param validation_split: The share to set aside, above 0 and below 1; at least one image.
         :return: The places of the images to train on, for :meth:`training_loader`, and (x, y) to validate on.
         """
-        share = _checks.real("validation_split", validation_split, above=0, below=1)
-        count = len(self.y_train)
-        if count < 2:
-            raise _checks.refuse("validation_split", f"a training set of {count} image", "at least 2 images")
-        wanted = min(max(1, round(share * count)), count - 1, HELD_OUT_LIMIT)
-        kept, aside = stratified_split(self.y_train, wanted, seed)
+        count = min(held_out_count(validation_split, len(self.y_train)), HELD_OUT_LIMIT)
+        kept, aside = stratified_split(self.y_train, count, seed)
         return kept, (Pictures(self._files["train"], self.size)[aside], self.y_train[aside])
 
     def training_loader(

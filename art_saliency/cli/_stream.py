@@ -50,9 +50,10 @@ def training_data(args: argparse.Namespace) -> DataSet | StreamedSet:
 
 def held_out(args: argparse.Namespace, data: DataSet | StreamedSet) -> int:
     """:return: How many training images ``--validation-split`` holds out."""
+    from art_saliency.data import held_out_count
     from art_saliency.streaming import HELD_OUT_LIMIT, StreamedSet
 
-    count = max(1, round(args.validation_split * len(data.y_train))) if args.validation_split else 0
+    count = held_out_count(args.validation_split, len(data.y_train)) if args.validation_split else 0
     return min(count, HELD_OUT_LIMIT) if isinstance(data, StreamedSet) else count
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from art_saliency import _checks
 from art_saliency._batch_sizes import batches_in, too_few
-from art_saliency.data import stratified_split, to_unit
+from art_saliency.data import held_out_count, stratified_split, to_unit
 from art_saliency.errors import UnsupportedModelError
 from art_saliency.methods.base import Objective
 from art_saliency.modes import channels_last
@@ -188,8 +188,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         options = options.seeded(None if checkpoints is None else checkpoints.identity.get("seed"))
         if validation is None and options.validation_split:
             assert options.seed is not None
-            seed = options.seed % 2**32  # of NumPy's generator
-            images, targets, validation = _hold_out(images, targets, options.validation_split, seed)
+            images, targets, validation = _hold_out(images, targets, options.validation_split, options.seed)
         self._check_batches(len(images), batch_size)
         if checkpoints is not None:
             data = {"training": digest_of_pair(images, targets)}
@@ -495,13 +494,8 @@ def _pair(validation_data: Any) -> tuple[Any, Any]:
 
 def _hold_out(x: ImageView, y: Tensor, share: float, seed: int) -> tuple[ImageView, Tensor, tuple[ImageView, Tensor]]:
     """Split off a validation set at random, class by class, the same for the same seed. No image is copied."""
-    count = max(1, round(share * len(x)))
-    if count >= len(x):
-        raise _checks.refuse(
-            "validation_split", f"{share:g} of {len(x)} images", "a share that leaves images to train on"
-        )
     hard = y if y.ndim == 1 else y.argmax(1)
-    kept, held = stratified_split(hard, count, seed)
+    kept, held = stratified_split(hard, held_out_count(share, len(x)), seed)
     return x.among(kept), y[kept], (x.among(held), hard[held])
 
 
