@@ -8,15 +8,16 @@ parameters and never in place: the choice changes no key of the state dict, and 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from art_saliency import _checks
+from art_saliency.residual_blocks import Activation as ActivationFactory
+from art_saliency.residual_blocks import BasicBlock, PreActBlock, WideBlock, group, pooled
 
 __all__ = [
     "ACTIVATIONS",
@@ -28,9 +29,6 @@ __all__ = [
     "add_normalisation",
     "normalised",
 ]
-
-ActivationFactory = Callable[[], nn.Module]
-"""Makes an activation without parameters that does not work in place; called once for every place in a network."""
 
 ACTIVATIONS: dict[str, ActivationFactory] = {
     "relu": nn.ReLU,
@@ -61,7 +59,7 @@ class _Chain(nn.Module):
         for stage in self.stages:
             x = getattr(self, stage)(x)
         # Not x.mean((2, 3)): so that RobustBench's own classes give the same logits bit for bit, and its AutoAttack the same number.
-        logits: Tensor = getattr(self, self.head)(F.avg_pool2d(x, x.shape[2:]).flatten(1))
+        logits: Tensor = getattr(self, self.head)(pooled(x))
         return logits
 
 
@@ -102,72 +100,6 @@ class SmallCNN(_Chain):
         _initialise(self, "fan_in")  # keeps the scale of the forward pass, which no BatchNorm mends here
 
 
-def _conv3(in_channels: int, channels: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False)
-
-
-def _conv1(in_channels: int, channels: int, stride: int) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False)
-
-
-class _BasicBlock(nn.Module):
-    """The activation follows the sum. In all networks ``relu...`` is RobustBench's word for the activation, whichever."""
-
-    def __init__(self, in_channels: int, channels: int, stride: int, act: ActivationFactory) -> None:
-        super().__init__()
-        self.conv1, self.bn1, self.relu1 = _conv3(in_channels, channels, stride), nn.BatchNorm2d(channels), act()
-        self.conv2, self.bn2, self.relu2 = _conv3(channels, channels), nn.BatchNorm2d(channels), act()
-        same = stride == 1 and in_channels == channels
-        adapt = () if same else (_conv1(in_channels, channels, stride), nn.BatchNorm2d(channels))
-        self.shortcut = nn.Sequential(*adapt)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
-        out: Tensor = self.relu2(y + self.shortcut(x))
-        return out
-
-
-class _PreActBlock(nn.Module):
-    """The activation comes first; the shortcut takes the block's input as it is."""
-
-    def __init__(self, in_channels: int, channels: int, stride: int, act: ActivationFactory) -> None:
-        super().__init__()
-        self.bn1, self.relu1, self.conv1 = nn.BatchNorm2d(in_channels), act(), _conv3(in_channels, channels, stride)
-        self.bn2, self.relu2, self.conv2 = nn.BatchNorm2d(channels), act(), _conv3(channels, channels)
-        same = stride == 1 and in_channels == channels
-        self.shortcut = nn.Sequential(*(() if same else (_conv1(in_channels, channels, stride),)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(self.relu1(self.bn1(x)))
-        out: Tensor = self.conv2(self.relu2(self.bn2(y))) + self.shortcut(x)
-        return out
-
-
-class _WideBlock(nn.Module):
-    """The activation comes first; a shortcut that has a convolution takes the activated input."""
-
-    def __init__(self, in_channels: int, channels: int, stride: int, act: ActivationFactory) -> None:
-        super().__init__()
-        self.bn1, self.relu1, self.conv1 = nn.BatchNorm2d(in_channels), act(), _conv3(in_channels, channels, stride)
-        self.bn2, self.relu2, self.conv2 = nn.BatchNorm2d(channels), act(), _conv3(channels, channels)
-        same = stride == 1 and in_channels == channels
-        self.convShortcut = None if same else _conv1(in_channels, channels, stride)  # the name is RobustBench's
-
-    def forward(self, x: Tensor) -> Tensor:
-        activated = self.relu1(self.bn1(x))
-        y = self.conv2(self.relu2(self.bn2(self.conv1(activated))))
-        out: Tensor = y + (x if self.convShortcut is None else self.convShortcut(activated))
-        return out
-
-
-def _group(
-    block: type[nn.Module], count: int, in_channels: int, channels: int, stride: int, act: ActivationFactory
-) -> nn.Sequential:
-    """:return: `count` blocks, the first of which changes resolution and channels."""
-    first = block(in_channels, channels, stride, act)
-    return nn.Sequential(first, *(block(channels, channels, 1, act) for _ in range(count - 1)))
-
-
 class ResNet18(_Chain):
     """
     ResNet-18 with CIFAR's stem, 3 x 3 at full resolution; its last feature map, after the activation, is ``layer4``.
@@ -179,7 +111,7 @@ class ResNet18(_Chain):
     """
 
     stages: ClassVar[tuple[str, ...]] = ("conv1", "bn1", "relu", "layer1", "layer2", "layer3", "layer4")
-    block: ClassVar[type[nn.Module]] = _BasicBlock
+    block: ClassVar[type[nn.Module]] = BasicBlock
 
     def __init__(
         self,
@@ -194,12 +126,12 @@ class ResNet18(_Chain):
         super().__init__()
         add_normalisation(self, in_channels, mean, std)
         act = _activation(activation)
-        self.conv1 = _conv3(in_channels, width)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
         if "bn1" in self.stages:
             self.bn1, self.relu = nn.BatchNorm2d(width), act()
         channels = (width, width, 2 * width, 4 * width, 8 * width)
         for number, (before, after) in enumerate(pairwise(channels), start=1):
-            self.add_module(f"layer{number}", _group(self.block, 2, before, after, 1 if number == 1 else 2, act))
+            self.add_module(f"layer{number}", group(self.block, 2, before, after, 1 if number == 1 else 2, act))
         self.linear = nn.Linear(channels[-1], num_classes)
         _initialise(self, "fan_out")
 
@@ -213,7 +145,7 @@ class PreActResNet18(ResNet18):
     """
 
     stages = ("conv1", "layer1", "layer2", "layer3", "layer4")
-    block = _PreActBlock
+    block = PreActBlock
 
 
 class WideResNet(_Chain):
@@ -247,11 +179,11 @@ class WideResNet(_Chain):
         add_normalisation(self, in_channels, mean, std)
         act = _activation(activation)
         channels = (16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor)
-        self.conv1 = _conv3(in_channels, channels[0])
+        self.conv1 = nn.Conv2d(in_channels, channels[0], 3, padding=1, bias=False)
         for number, (before, after) in enumerate(pairwise(channels), start=1):
-            group = _group(_WideBlock, (depth - 4) // 6, before, after, 1 if number == 1 else 2, act)
+            blocks = group(WideBlock, (depth - 4) // 6, before, after, 1 if number == 1 else 2, act)
             # One more level, since RobustBench's keys read block1.layer.0.conv1.weight.
-            self.add_module(f"block{number}", nn.Sequential(OrderedDict[str, nn.Module](layer=group)))
+            self.add_module(f"block{number}", nn.Sequential(OrderedDict[str, nn.Module](layer=blocks)))
         self.bn1, self.relu = nn.BatchNorm2d(channels[-1]), act()
         self.fc = nn.Linear(channels[-1], num_classes)
         _initialise(self, "fan_out")

@@ -37,6 +37,7 @@ LEVELS = (
         "streaming",
         "networks",
         "architectures",
+        "residual_blocks",
     ),
     ("attacks",),
     ("methods", "evaluation"),

@@ -1,36 +1,31 @@
 """
 The networks of this package as a bundle carries them: torch only, nothing that serves training, nothing to configure.
 
-:mod:`art_saliency.robustbench.architecture` copies the classes that a network needs from here, word for word, so each must
-stand by itself. Keys and arithmetic are those of :mod:`art_saliency.architectures` and :mod:`art_saliency.methods.fsr`.
+:mod:`art_saliency.robustbench.architecture` copies the classes that a network needs from here and from
+:mod:`art_saliency.residual_blocks`, word for word, so each must stand by itself. Keys and arithmetic are those of
+:mod:`art_saliency.architectures` and :mod:`art_saliency.methods.fsr`.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from art_saliency.residual_blocks import Activation, BasicBlock, PreActBlock, WideBlock, group, pooled
+
 __all__ = [
     "FSR",
-    "BasicBlock",
     "ImageNetWrapper",
-    "PreActBlock",
     "PreActResNet18",
     "ResNet18",
     "SmallCNN",
-    "WideBlock",
     "WideResNet",
-    "group",
     "normalise_input",
-    "pooled",
     "put_behind",
 ]
-
-Activation = Callable[[], nn.Module]
 
 
 class SmallCNN(nn.Module):
@@ -47,78 +42,6 @@ class SmallCNN(nn.Module):
         """:param x: (N, C, H, W) in [0, 1]. :return: (N, K) logits."""
         logits: Tensor = self.linear(pooled(self.layer3(self.layer2(self.layer1(x)))))
         return logits
-
-
-def pooled(x: Tensor) -> Tensor:
-    """:return: (N, C), the average of each channel; as RobustBench's classes take it, bit for bit."""
-    return nn.functional.avg_pool2d(x, x.shape[2:]).flatten(1)
-
-
-def group(block: type[nn.Module], count: int, inputs: int, outputs: int, stride: int, act: Activation) -> nn.Sequential:
-    """:return: `count` blocks, the first of which changes resolution and channels."""
-    first = block(inputs, outputs, stride, act)
-    return nn.Sequential(first, *(block(outputs, outputs, 1, act) for _ in range(count - 1)))
-
-
-class BasicBlock(nn.Module):
-    """The activation follows the sum."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int, act: Activation) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-        self.bn1, self.relu1 = nn.BatchNorm2d(outputs), act()
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2, self.relu2 = nn.BatchNorm2d(outputs), act()
-        self.shortcut = nn.Sequential()
-        if stride != 1 or inputs != outputs:
-            adapt = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
-            self.shortcut = nn.Sequential(adapt, nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """:return: (N, outputs, H / stride, W / stride)."""
-        y = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
-        out: Tensor = self.relu2(y + self.shortcut(x))
-        return out
-
-
-class PreActBlock(nn.Module):
-    """The activation comes first; the shortcut takes the block's input as it is."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int, act: Activation) -> None:
-        super().__init__()
-        self.bn1, self.relu1 = nn.BatchNorm2d(inputs), act()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-        self.bn2, self.relu2 = nn.BatchNorm2d(outputs), act()
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """:return: (N, outputs, H / stride, W / stride)."""
-        y = self.conv1(self.relu1(self.bn1(x)))
-        out: Tensor = self.conv2(self.relu2(self.bn2(y))) + self.shortcut(x)
-        return out
-
-
-class WideBlock(nn.Module):
-    """The activation comes first; a shortcut that has a convolution takes the activated input."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int, act: Activation) -> None:
-        super().__init__()
-        self.bn1, self.relu1 = nn.BatchNorm2d(inputs), act()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-        self.bn2, self.relu2 = nn.BatchNorm2d(outputs), act()
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        same = stride == 1 and inputs == outputs
-        self.convShortcut = None if same else nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """:return: (N, outputs, H / stride, W / stride)."""
-        activated = self.relu1(self.bn1(x))
-        y = self.conv2(self.relu2(self.bn2(self.conv1(activated))))
-        out: Tensor = y + (x if self.convShortcut is None else self.convShortcut(activated))
-        return out
 
 
 class ResNet18(nn.Module):
