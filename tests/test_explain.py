@@ -18,7 +18,9 @@ from art_saliency.cli.explain import _MAPS
 from art_saliency.data import load_data
 from art_saliency.errors import CheckpointError
 from art_saliency.evaluation.figures_maps import maps_panel
-from art_saliency.evaluation.saliency import etmann_alignment, named_maps, saliency_report
+from art_saliency.evaluation.saliency import saliency_report
+from art_saliency.evaluation.saliency_maps import named_maps
+from art_saliency.evaluation.saliency_metrics import etmann_alignment
 from art_saliency.randomness import RandomSource
 from art_saliency.threat import ThreatModel
 from tests.helpers import spell, write_few_digits

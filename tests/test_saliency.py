@@ -16,34 +16,32 @@ from scipy import ndimage, stats
 from torch import nn
 
 from art_saliency.errors import InputError, UnsupportedModelError
-from art_saliency.evaluation import saliency as everything
-from art_saliency.evaluation import saliency_maps, saliency_metrics, saliency_sanity
 from art_saliency.evaluation.figures import saliency_panel
-from art_saliency.evaluation.saliency import (
-    METRICS,
+from art_saliency.evaluation.saliency import METRICS, mean_and_error, saliency_report
+from art_saliency.evaluation.saliency_maps import (
+    gradient_times_input,
+    integrated_gradients,
+    logit_gradient,
+    loss_saliency,
+    named_maps,
+    occlusion,
+    smoothgrad,
+    unit_maps,
+)
+from art_saliency.evaluation.saliency_metrics import (
     consensus,
     deletion_auc,
     edge_alignment,
     etmann_alignment,
     gini,
-    gradient_times_input,
     insertion_auc,
-    integrated_gradients,
-    logit_gradient,
-    loss_saliency,
     max_sensitivity,
-    mean_and_error,
-    model_randomisation,
-    named_maps,
-    occlusion,
     rank_correlation,
-    saliency_report,
-    smoothgrad,
     sobel_edges,
     top_mass,
     top_overlap,
-    unit_maps,
 )
+from art_saliency.evaluation.saliency_sanity import model_randomisation
 from art_saliency.gradients import cosine, importance
 from art_saliency.randomness import RandomSource
 
@@ -693,13 +691,6 @@ def test_a_report_of_nonsense_is_refused_and_nothing_changes(change, message):
         saliency_report(model, words.pop("x"), words.pop("y"), words.pop("x_adv"), **words)
     assert message in str(caught.value)
     assert same(snapshot(model), before)
-
-
-def test_all_maps_and_metrics_can_be_had_from_one_place():
-    for module in (saliency_maps, saliency_metrics, saliency_sanity):
-        for name in set(module.__all__) - {"check_maps"}:
-            assert getattr(everything, name) is getattr(module, name)
-            assert name in everything.__all__
 
 
 def test_unit_maps_touch_one_and_keep_zero():

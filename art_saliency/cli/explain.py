@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
     from art_saliency import _checks
     from art_saliency.attacks import pgd
     from art_saliency.evaluation.figures_maps import maps_panel
-    from art_saliency.evaluation.saliency import METRICS, named_maps
+    from art_saliency.evaluation.saliency import METRICS
+    from art_saliency.evaluation.saliency_maps import named_maps
     from art_saliency.randomness import RandomSource
     from art_saliency.trainers.runs import load
 

@@ -1,8 +1,8 @@
 """
-Saliency measured: maps, metrics, and one report of both.
+Saliency measured: one report of maps and metrics.
 
 The maps live in :mod:`art_saliency.evaluation.saliency_maps`, the metrics in :mod:`art_saliency.evaluation.saliency_metrics`, the
-model randomisation in :mod:`art_saliency.evaluation.saliency_sanity`; every name of these can be imported from here.
+model randomisation in :mod:`art_saliency.evaluation.saliency_sanity`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,7 @@ from torch import Tensor, nn
 
 from art_saliency import _checks
 from art_saliency.evaluation._inputs import pixels, placed
-from art_saliency.evaluation.saliency_maps import (
-    SaliencyMap,
-    gradient_times_input,
-    integrated_gradients,
-    logit_gradient,
-    loss_saliency,
-    named_maps,
-    occlusion,
-    smoothgrad,
-    unit_maps,
-)
+from art_saliency.evaluation.saliency_maps import SaliencyMap, named_maps
 from art_saliency.evaluation.saliency_metrics import (
     consensus,
     deletion_auc,
@@ -36,42 +26,13 @@ from art_saliency.evaluation.saliency_metrics import (
     insertion_auc,
     max_sensitivity,
     rank_correlation,
-    sobel_edges,
     top_mass,
     top_overlap,
 )
 from art_saliency.evaluation.saliency_sanity import Randomisation, model_randomisation
 from art_saliency.modes import evaluating
 
-__all__ = [
-    "METRICS",
-    "Randomisation",
-    "SaliencyMap",
-    "SaliencyReport",
-    "consensus",
-    "deletion_auc",
-    "edge_alignment",
-    "etmann_alignment",
-    "gini",
-    "gradient_times_input",
-    "insertion_auc",
-    "integrated_gradients",
-    "logit_gradient",
-    "loss_saliency",
-    "map_metrics",
-    "max_sensitivity",
-    "mean_and_error",
-    "model_randomisation",
-    "named_maps",
-    "occlusion",
-    "rank_correlation",
-    "saliency_report",
-    "smoothgrad",
-    "sobel_edges",
-    "top_mass",
-    "top_overlap",
-    "unit_maps",
-]
+__all__ = ["METRICS", "SaliencyReport", "map_metrics", "mean_and_error", "saliency_report"]
 
 METRICS = {
     "consensus": "cosine of the signed maps of the clean and the adversarial image; 1 is the same map",

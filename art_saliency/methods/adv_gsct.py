@@ -378,7 +378,7 @@ class AdvGSCT(Objective):
         parts: dict[str, Tensor] = {}
         if self.consensus or self.l2_consensus:
             # "To ensure the discrimination of the estimated target saliency": it keeps the essential pixels only.
-            target = mask * self._target_saliency(model, batch, score, x_pseudo)
+            target = mask * self._target_saliency(batch, score, x_pseudo)
             if self.consensus and differences:
                 with side_pass(model):
                     parts["consensus"] = consensus_by_differences(
@@ -395,7 +395,7 @@ class AdvGSCT(Objective):
         loss = ce + sum(weight * getattr(self, name) * part for name, part in parts.items())
         return LossTerms(loss, logits, {"ce": ce.detach(), **{name: part.detach() for name, part in parts.items()}})
 
-    def _target_saliency(self, model: nn.Module, batch: Batch, score: Tensor, x_pseudo: Tensor) -> Tensor:
+    def _target_saliency(self, batch: Batch, score: Tensor, x_pseudo: Tensor) -> Tensor:
         """The saliency at the pseudo-input, in the graph only where the L2 term needs it live."""
         if self.target_network == "current":
             # The graph of the forward pass is needed again by the loss's own backward.

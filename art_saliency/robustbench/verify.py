@@ -189,15 +189,15 @@ def _check_tensors(layout: Layout, page: dict[str, Any], found: Verification) ->
     found.checked.append(
         "that checkpoint, adversarial images and reference hold tensors only, under keys that stay whole"
     )
-    weights = _read(layout, layout.weights, found)
+    weights = _read(layout.weights, found)
     if weights is not None:
         where = layout.weights.relative_to(layout.folder).as_posix()
         violations = key_violations(weights)
         found.problems += [f"{where}: {violation}" for violation in violations]
         if not violations and sha256_of_tensors(weights) != page["weights_sha256"]:
             found.problems.append(f"{where}: these are not the weights that bundle.json names")
-    _read(layout, layout.reference, found, x=4, logits=2)
-    images = _read(layout, layout.x_adv, found, x_adv=4) if layout.x_adv.is_file() else None
+    _read(layout.reference, found, x=4, logits=2)
+    images = _read(layout.x_adv, found, x_adv=4) if layout.x_adv.is_file() else None
     if images is not None and not bool(((images["x_adv"] >= 0) & (images["x_adv"] <= 1)).all()):
         found.problems.append("x_adv.pt: adversarial images are outside [0, 1]")
     if images is not None and list(images["x_adv"].shape[1:]) != page["input_shape"]:
@@ -205,7 +205,7 @@ def _check_tensors(layout: Layout, page: dict[str, Any], found: Verification) ->
     return images
 
 
-def _read(layout: Layout, path: Path, found: Verification, **axes: int) -> dict[str, Any] | None:
+def _read(path: Path, found: Verification, **axes: int) -> dict[str, Any] | None:
     """
     Read a file of tensors.
 
