@@ -23,7 +23,7 @@ FILES = {
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
 LEVELS = (
-    ("errors", "_checks", "_version", "files"),
+    ("errors", "_checks", "_version", "files", "words"),
     (
         "_batch_sizes",
         "randomness",

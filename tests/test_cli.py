@@ -759,7 +759,7 @@ def test_verify_does_not_put_the_working_directory_on_pythons_path(tmp_path, mon
 
 
 def test_an_arm_is_a_method_its_parameters_the_runs_options_and_an_activation():
-    from art_saliency.cli._arms import parse_arm
+    from art_saliency.trainers.arms import parse_arm
 
     arm = parse_arm("fsr+trades:hidden=8:beta=3:ema=0.99:awp=0.005@silu")
     assert (arm.trainer, arm.method, arm.network) == ("fsr", "fsr+trades", {"activation": "silu"})
@@ -784,8 +784,8 @@ def test_an_arm_is_a_method_its_parameters_the_runs_options_and_an_activation():
     ],
 )
 def test_a_wrong_arm_is_refused_before_anything_is_trained(text, options, said):
-    from art_saliency.cli._arms import parse_arm
     from art_saliency.errors import InputError, UnknownOptionError
+    from art_saliency.trainers.arms import parse_arm
 
     with pytest.raises((InputError, UnknownOptionError), match=re.escape(said)):
         parse_arm(text, options=options)

@@ -480,7 +480,7 @@ def test_what_an_attack_would_refuse_is_refused_before_the_first_run_is_measured
         words = spell("train", "standard", data=tmp_path / f"{side}.npz", out=tmp_path / f"run{side}", width=4)
         assert main([*words, *spell(eps=0.1, epochs=1, device="cpu", quiet=True)]) == 0
     before = sorted(tmp_path.rglob("*"))
-    for part in ("cli._arms.try_arms", "evaluation.summary.summarise", "trainers.surrogates.train_surrogates"):
+    for part in ("trainers.arms.try_arms", "evaluation.summary.summarise", "trainers.surrogates.train_surrogates"):
         monkeypatch.setattr(f"art_saliency.{part}", lambda *_, **__: 1 / 0)
     runs = [str(tmp_path / "run15"), str(tmp_path / "run14")]
     tiles = "--norm: got L2 with images of 14 x 14 pixels, expected sides that Square's tiles"

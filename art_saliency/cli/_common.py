@@ -7,13 +7,11 @@ import json
 import os
 import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from art_saliency.errors import CheckpointError, InputError, NoEffectWarning
+from art_saliency.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
     import torch
@@ -28,12 +26,9 @@ __all__ = [
     "check_attackable",
     "check_seed",
     "data_of_run",
-    "fraction",
-    "going_on",
     "own_device",
     "page_of_run",
     "pick_device",
-    "read_settings",
     "refuse_unused",
     "say",
     "shown_and_written",
@@ -47,50 +42,6 @@ KEPT = "checkpoints"
 """The folder, in that of a run, where it is kept until it is over."""
 
 _T = TypeVar("_T")
-
-
-@contextmanager
-def going_on() -> Iterator[None]:
-    """Around ``fit``: no warning that nothing was trained, as ``--resume`` asks for whatever is there, a finished training included."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* is over: its weights were taken", NoEffectWarning)
-        yield
-
-
-def fraction(text: str) -> float:
-    """Read a number such as ``0.3`` or ``8/255``. :return: It. :raises argparse.ArgumentTypeError: When it is neither."""
-    try:
-        above, _, below = text.partition("/")
-        return float(above) / float(below) if below else float(above)
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number such as 0.3 or 8/255") from None
-
-
-def read_settings(option: str, pairs: Sequence[str], *, common: Sequence[str] = ("eps", "norm")) -> dict[str, Any]:
-    """
-    Read ``NAME=VALUE``: JSON where it is JSON, a fraction where it is one, else a word.
-
-    :param common: Names that have an option of their own, which all that is announced goes by; they are refused. :return: By name.
-    """
-    from art_saliency import _checks
-
-    settings: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name:
-            raise _checks.refuse(option, repr(pair), "NAME=VALUE, such as rho=0.2")
-        if name in common:
-            raise _checks.refuse(option, repr(pair), f"no {name} here", f"use --{name}")
-        if name in settings:
-            raise _checks.refuse(option, f"{name} twice", "each name once", "leave one out")
-        try:
-            settings[name] = json.loads(text)
-        except ValueError:
-            try:
-                settings[name] = fraction(text)
-            except argparse.ArgumentTypeError:
-                settings[name] = text
-    return settings
 
 
 def refuse_unused(args: argparse.Namespace, names: Iterable[str], when: str) -> None:

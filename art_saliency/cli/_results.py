@@ -12,7 +12,7 @@ from art_saliency.cli._common import KEPT, shown_and_written
 from art_saliency.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from art_saliency.cli._arms import Arm, Budget
+    from art_saliency.trainers.arms import Arm, Budget
 
 __all__ = ["begin", "finish", "go_on", "has_begun", "keep"]
 

@@ -23,9 +23,9 @@ def counts(methods: str, *, network: str, side: int, eps: float, max_iter: int) 
     import torch
 
     from art_saliency import _checks
-    from art_saliency.cli._arms import parse_arms
     from art_saliency.methods.base import Batch
     from art_saliency.networks import build_network
+    from art_saliency.trainers.arms import parse_arms
     from art_saliency.trainers.methods import TRAINERS
     from art_saliency.trainers.runs import make_classifier
     from art_saliency.training.cost import forward_backward_passes

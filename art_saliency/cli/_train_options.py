@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from art_saliency.cli._common import fraction
 from art_saliency.cli._stream import add_stream_options
+from art_saliency.words import fraction
 
 RECIPES = {"sgd": 0.1, "adam": 0.01}
 """The optimizers and their highest learning rates."""

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from art_saliency.cli._common import add_run_options, fraction, pick_device, refuse_unused, vacant
+from art_saliency.cli._common import add_run_options, pick_device, refuse_unused, vacant
 from art_saliency.cli._scaling import METHODS, counts, table
+from art_saliency.words import fraction
 
 if TYPE_CHECKING:
     from art_saliency.trainers.benchmark import Benchmark
@@ -78,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
     from tqdm.auto import tqdm
 
     from art_saliency import _checks
-    from art_saliency.cli._arms import parse_arms
     from art_saliency.files import write_file
+    from art_saliency.trainers.arms import parse_arms
     from art_saliency.trainers.benchmark import Entry, Setting, benchmark
 
     _checks.whole("--max-iter", args.max_iter, least=1)

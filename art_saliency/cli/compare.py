@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from art_saliency.cli._common import add_run_options, check_attackable, fraction, pick_device, say, vacant, writable
+from art_saliency.cli._common import add_run_options, check_attackable, pick_device, say, vacant, writable
 from art_saliency.cli._train_options import GREATEST
+from art_saliency.words import fraction
 
 _ARMS = (
     "standard,fgsm-rs,pgd-at,trades,mart,alp,adv-gsct,j-sigr@silu,aalp,"
@@ -58,12 +59,13 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do it. :return: 0."""
     from art_saliency import _checks
-    from art_saliency.cli._arms import Budget, parse_arms, run_arm, try_arms
+    from art_saliency.cli._arms import run_arm
     from art_saliency.cli._results import begin, finish, go_on, has_begun, keep
     from art_saliency.cli.train import spec_of
     from art_saliency.data import load_data
     from art_saliency.networks import default_network
     from art_saliency.threat import ThreatModel
+    from art_saliency.trainers.arms import Budget, parse_arms, try_arms
 
     arms = parse_arms("--arms", args.arms)
     threat = ThreatModel(args.norm, _checks.real("--eps", args.eps, above=0))

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from art_saliency.cli._common import (
     add_run_options,
-    fraction,
     page_of_run,
     pick_device,
     refuse_unused,
@@ -25,6 +24,7 @@ from art_saliency.cli._common import (
     writable,
 )
 from art_saliency.cli._side_by_side import compare, table_of_run
+from art_saliency.words import fraction
 
 if TYPE_CHECKING:
     from torch import nn

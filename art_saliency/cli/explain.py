@@ -6,16 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from art_saliency.cli._common import (
-    add_run_options,
-    data_of_run,
-    fraction,
-    page_of_run,
-    pick_device,
-    say,
-    threat_of_run,
-    vacant,
-)
+from art_saliency.cli._common import add_run_options, data_of_run, page_of_run, pick_device, say, threat_of_run, vacant
+from art_saliency.words import fraction
 
 if TYPE_CHECKING:
     import torch

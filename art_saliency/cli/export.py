@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from art_saliency.cli._common import add_run_options, fraction, read_settings, say
+from art_saliency.cli._common import add_run_options, say
+from art_saliency.words import fraction, read_settings
 
 _QUESTIONS = {
     "paper_title": "Title of the paper",

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from art_saliency.cli._common import add_run_options, fraction, pick_device, say, vacant
+from art_saliency.cli._common import add_run_options, pick_device, say, vacant
+from art_saliency.words import fraction
 
 _METHODS = ("standard", "pgd-at", "adv-gsct")
 
@@ -35,10 +36,11 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do it. :return: 0."""
     from art_saliency import _checks
-    from art_saliency.cli._arms import Budget, parse_arm, run_arm
+    from art_saliency.cli._arms import run_arm
     from art_saliency.cli._results import finish
     from art_saliency.data import load_data
     from art_saliency.threat import ThreatModel
+    from art_saliency.trainers.arms import Budget, parse_arm
 
     _checks.real("--eps", args.eps, above=0, most=1)
     _checks.whole("--epochs", args.epochs, least=1)

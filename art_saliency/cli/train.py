@@ -9,17 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from art_saliency.cli._common import (
-    KEPT,
-    add_run_options,
-    going_on,
-    own_device,
-    pick_device,
-    read_settings,
-    say,
-    vacant,
-    writable,
-)
+from art_saliency.cli._common import KEPT, add_run_options, own_device, pick_device, say, vacant, writable
 from art_saliency.cli._launch import on_ranks
 from art_saliency.cli._stream import device_augmentation, held_out, training_data, way_to_fit
 from art_saliency.cli._train_options import (
@@ -31,6 +21,7 @@ from art_saliency.cli._train_options import (
     add_run_group,
 )
 from art_saliency.errors import TrainingInterrupted
+from art_saliency.words import read_settings
 
 if TYPE_CHECKING:
     import torch
@@ -258,6 +249,8 @@ def _write(
 
 def _interruption(fit: Callable[..., None], **options: Any) -> TrainingInterrupted | None:
     """:return: What interrupted the training, once it was kept."""
+    from art_saliency.trainers.arms import going_on
+
     try:
         with going_on():
             fit(**options)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from art_saliency.cli._arms import Arm, parse_arm
 from art_saliency.methods.adapter import insert_adapter
 from art_saliency.methods.fsr import fsr_layers, insert_fsr
 from art_saliency.modes import evaluating
+from art_saliency.trainers.arms import Arm, parse_arm
 from art_saliency.trainers.methods import TRAINERS
 
 __all__ = [

@@ -18,10 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from art_saliency import _checks
-from art_saliency._version import __version__
+from art_saliency import __version__, _checks
 from art_saliency.attacks import pgd
-from art_saliency.cli._arms import Budget, Trained, cost_of, one_step, train_arm
 from art_saliency.data import DataSet, load_data, to_unit
 from art_saliency.evaluation.audit import audit
 from art_saliency.evaluation.autoattack import autoattack
@@ -33,6 +31,7 @@ from art_saliency.files import write_file
 from art_saliency.methods.fsr import FSRLayer, mask_share_inside
 from art_saliency.randomness import RandomSource
 from art_saliency.threat import ThreatModel
+from art_saliency.trainers.arms import Budget, Trained, cost_of, one_step, train_arm
 from art_saliency.trainers.methods import TRAINERS
 from art_saliency.training.records import versions
 from benchmarking.grids import GRIDS, Contestant, Grid, contestant
