@@ -21,7 +21,7 @@ from art_saliency.cli._side_by_side import compare
 from art_saliency.data import load_data
 from art_saliency.errors import CheckpointError, InputError, MissingDependencyError, UnsupportedModelError
 from art_saliency.evaluation import report as module
-from art_saliency.evaluation._report_page import Subject
+from art_saliency.evaluation._report_page import Evaluation
 from art_saliency.evaluation.accuracy import pgd_accuracy
 from art_saliency.evaluation.audit import AuditBudget, audit
 from art_saliency.evaluation.autoattack import autoattack
@@ -213,7 +213,7 @@ def test_arrays_are_measured_in_batches_of_the_size_asked_for(network, monkeypat
     asked = {}
     monkeypatch.setattr(module, "array_corruption_accuracy", lambda *_, **options: asked.update(options))
     model, x, y = network
-    module._from_arrays(Subject(model, x, y, ThreatModel("Linf", 0.1), 7, 0, False), "folder")
+    module._from_arrays(Evaluation(model, x, y, ThreatModel("Linf", 0.1), 7, 0, False), "folder")
     assert asked["batch_size"] == 7
 
 

@@ -23,7 +23,7 @@ def a_network(model: object) -> nn.Module:
     return model
 
 
-def home_of(model: nn.Module, x: Tensor) -> Tensor:
+def reference_tensor(model: nn.Module, x: Tensor) -> Tensor:
     """:return: A tensor that lies where the network computes, in the type in which it computes."""
     return next(
         (p for p in a_network(model).parameters() if p.is_floating_point()),
@@ -31,9 +31,9 @@ def home_of(model: nn.Module, x: Tensor) -> Tensor:
     )
 
 
-def pixels(x: Tensor, home: Tensor) -> Tensor:
-    """:return: The images in [0, 1], where `home` lies and in its type."""
-    return to_unit(x.to(home.device)).to(home.dtype)
+def pixels(x: Tensor, like: Tensor) -> Tensor:
+    """:return: The images in [0, 1], where `like` lies and in its type."""
+    return to_unit(x.to(like.device)).to(like.dtype)
 
 
 def checked(model: nn.Module, x: Any, y: Any) -> tuple[Tensor, Tensor]:
@@ -49,30 +49,30 @@ def checked(model: nn.Module, x: Any, y: Any) -> tuple[Tensor, Tensor]:
     :raises UnsupportedModelError: When the network's weights are of half precision; under autocast float32 ones stay.
     """
     x = _checks.bytes_of_pixels("x", _checks.images(x, allow_uint8=True))
-    home = home_of(model, x)
-    refuse_half(home)
-    first = pixels(x[:1], home)
+    like = reference_tensor(model, x)
+    refuse_half(like)
+    first = pixels(x[:1], like)
     # A network that draws random numbers must not move the caller's generator by being asked for its classes.
     with evaluating(model), torch.no_grad(), global_generators_kept():
         classes = model(first).shape[1]
     return x, _checks.labels(y, len(x), classes, soft=False)
 
 
-def refuse_half(home: Tensor) -> None:
-    """Refuse a network of half precision by name. :param home: See :func:`home_of`."""
-    if home.dtype in (torch.float16, torch.bfloat16):
-        raise _of_another_type(home, "the steps of an attack are lost in its rounding")
+def refuse_half(like: Tensor) -> None:
+    """Refuse a network of half precision by name. :param like: See :func:`reference_tensor`."""
+    if like.dtype in (torch.float16, torch.bfloat16):
+        raise _of_another_type(like, "the steps of an attack are lost in its rounding")
 
 
-def refuse_double(home: Tensor) -> None:
-    """Refuse a network of double precision by name, where AutoAttack is to be run. :param home: See :func:`home_of`."""
-    if home.dtype == torch.float64:
-        raise _of_another_type(home, "AutoAttack makes images of that")
+def refuse_double(like: Tensor) -> None:
+    """Refuse a network of double precision by name, where AutoAttack is to be run. :param like: See :func:`reference_tensor`."""
+    if like.dtype == torch.float64:
+        raise _of_another_type(like, "AutoAttack makes images of that")
 
 
-def _of_another_type(home: Tensor, why: str) -> UnsupportedModelError:
+def _of_another_type(like: Tensor, why: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"model: got a network of {home.dtype}, expected torch.float32: {why}; convert it with .float()"
+        f"model: got a network of {like.dtype}, expected torch.float32: {why}; convert it with .float()"
     )
 
 
@@ -85,9 +85,9 @@ def placed(model: nn.Module, x: Any, y: Any) -> tuple[Tensor, Tensor]:
     :return: Images of float32, or of float64 for a network of it, and labels.
     """
     images, labels = checked(model, x, y)
-    home = home_of(model, images[:0].float())
+    like = reference_tensor(model, images[:0].float())
     images = to_unit(images.cpu()) if images.dtype == torch.uint8 else images
-    return pixels(images, home).contiguous(), labels.to(home.device)
+    return pixels(images, like).contiguous(), labels.to(like.device)
 
 
 def unbroken(x_adv: Tensor, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from art_saliency.threat import ThreatModel
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class Evaluation:
     """What is evaluated, against what, and how: every part gets it alike. The images lie where the network is."""
 
     model: nn.Module
@@ -31,7 +31,7 @@ class Subject:
 
 
 def page_of(
-    of: Subject,
+    of: Evaluation,
     attacked: AutoAttackResult,
     audited: AuditReport,
     *,

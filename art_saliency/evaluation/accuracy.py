@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from art_saliency import _checks
 from art_saliency.attacks import AttackLoss, pgd
-from art_saliency.evaluation._inputs import checked, home_of, pixels, right_answers
+from art_saliency.evaluation._inputs import checked, pixels, reference_tensor, right_answers
 from art_saliency.modes import evaluating
 from art_saliency.randomness import RandomSource
 from art_saliency.threat import ThreatModel, a_threat_model
@@ -48,12 +48,12 @@ def with_interval(share: float, images: int, /, **more: Any) -> dict[str, Any]:
 def _share_correct(
     model: nn.Module, x: Tensor, y: Tensor, batch_size: int, perturb: Callable[[Tensor, Tensor], Tensor]
 ) -> float:
-    home = home_of(model, x)
-    correct = torch.zeros((), dtype=torch.long, device=home.device)
+    like = reference_tensor(model, x)
+    correct = torch.zeros((), dtype=torch.long, device=like.device)
     with evaluating(model):
         for start in range(0, len(x), batch_size):
-            images = pixels(x[start : start + batch_size], home)
-            targets = y[start : start + batch_size].to(home.device)
+            images = pixels(x[start : start + batch_size], like)
+            targets = y[start : start + batch_size].to(like.device)
             images = perturb(images, targets)
             with torch.no_grad():
                 correct += right_answers(model(images), targets).sum()
@@ -95,7 +95,7 @@ def pgd_accuracy(
     """
     a_threat_model(threat)
     x, y = checked(model, x, y)
-    random = RandomSource(seed, home_of(model, x).device)
+    random = RandomSource(seed, reference_tensor(model, x).device)
 
     def perturb(images: Tensor, targets: Tensor) -> Tensor:
         return pgd(

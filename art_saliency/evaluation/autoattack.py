@@ -31,7 +31,7 @@ from art_saliency.evaluation._autoattack_plan import (
     check_images_fit,
     plan_attacks,
 )
-from art_saliency.evaluation._inputs import a_network, home_of, refuse_double, refuse_half
+from art_saliency.evaluation._inputs import a_network, reference_tensor, refuse_double, refuse_half
 from art_saliency.evaluation.accuracy import binomial_interval
 from art_saliency.files import sha256_of_tensors
 from art_saliency.gradients import input_gradient
@@ -169,11 +169,11 @@ def autoattack(
     with process_kept(model, backend.counter):
         # On the CPU, from where AutoAttack moves batches, and contiguous: it takes views.
         images = to_unit(_checks.bytes_of_pixels("x", _checks.images(x, allow_uint8=True)).cpu()).float().contiguous()
-        refuse_double(home_of(model, images))
-        refuse_half(home_of(model, images))
-        home = _home(model, device)
+        refuse_double(reference_tensor(model, images))
+        refuse_half(reference_tensor(model, images))
+        where = _device_of(model, device)
         seed_everything(seed)
-        logits = _logits(model, images[:batch_size].to(home))
+        logits = _logits(model, images[:batch_size].to(where))
         targets = _checks.labels(_checks.as_tensor("y", y).cpu(), len(images), logits.shape[1], soft=False)
         plan = plan_attacks(version, attacks, logits.shape[1], square_queries)
         check_images_fit(plan, threat, images)
@@ -187,11 +187,11 @@ def autoattack(
             "seed": seed,
             "batch_size": batch_size,
             "threads": torch.get_num_threads(),
-            "device": _device_name(home),
+            "device": _device_name(where),
             "weights_sha256": weights_sha256(model),
             "data_sha256": sha256_of_tensors({"x": images, "y": targets}),
         }
-        clean_classes = _predictions(model, images, home, batch_size)
+        clean_classes = _predictions(model, images, where, batch_size)
         silent = int((clean_classes < 0).sum())
         if silent == len(images):
             raise UnsupportedModelError(
@@ -202,13 +202,13 @@ def autoattack(
         if state_dir is not None:
             probe = {"logits": logits[:_PROBE].tolist(), "square_queries": square_queries, "torch": torch.__version__}
             memory = Memory(Path(state_dir), {**record, **probe})
-        engine = backend.engine(model, threat, version, plan, square_queries, seed, home, messages)
+        engine = backend.engine(model, threat, version, plan, square_queries, seed, where, messages)
         with _progress_bar(plan, clean, shown=progress) as seen:
             calls = Calls(engine, messages, memory, seen)
             seed_everything(seed)
-            with _cause_named(model, images[:1].to(home)):
+            with _cause_named(model, images[:1].to(where)):
                 x_adv, y_adv = backend.run(engine, images, targets, batch_size)
-        correct = _predictions(model, x_adv, home, batch_size) == targets
+        correct = _predictions(model, x_adv, where, batch_size) == targets
         said = f"NaN or infinite logits on {silent} of {len(images)} clean images, which count as errors"
         doubts = [*([said] if silent else []), *_outside(x_adv, images, threat), *_recount(correct, y_adv == targets)]
         if weights_sha256(model) != record["weights_sha256"]:
@@ -230,18 +230,18 @@ def autoattack(
     )
 
 
-def _home(model: nn.Module, device: torch.device | str | None) -> torch.device:
+def _device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
     """:return: The device the network is on; one that was asked for must be among those it is on."""
-    homes = list(dict.fromkeys(tensor.device for tensor in chain(model.parameters(), model.buffers())))
+    devices = list(dict.fromkeys(tensor.device for tensor in chain(model.parameters(), model.buffers())))
     if device is None:
-        return homes[0] if homes else torch.device("cpu")
+        return devices[0] if devices else torch.device("cpu")
     asked = torch.device(device)
-    for home in homes:
-        if home.type == asked.type and asked.index in (None, home.index):
-            return home
-    if homes:
+    for where in devices:
+        if where.type == asked.type and asked.index in (None, where.index):
+            return where
+    if devices:
         raise _checks.refuse(
-            "device", repr(str(asked)), f"{str(homes[0])!r}, where the network is", "move it: model.to(device)"
+            "device", repr(str(asked)), f"{str(devices[0])!r}, where the network is", "move it: model.to(device)"
         )
     return asked
 

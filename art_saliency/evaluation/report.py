@@ -21,7 +21,7 @@ from art_saliency.evaluation import figures_report as draw
 from art_saliency.evaluation._audit_gradients import curve_steps
 from art_saliency.evaluation._autoattack_backend import find_backend
 from art_saliency.evaluation._inputs import checked, placed, refuse_double
-from art_saliency.evaluation._report_page import Subject, page_of, row
+from art_saliency.evaluation._report_page import Evaluation, page_of, row
 from art_saliency.evaluation.accuracy import accuracy, pgd_accuracy
 from art_saliency.evaluation.audit import AuditBudget, AuditReport, audit, check_radius
 from art_saliency.evaluation.autoattack import AutoAttackResult, autoattack
@@ -125,7 +125,7 @@ def full_report(
     some = slice(0, _checks.whole("audit_images", audit_images, least=1))
     few = slice(0, _checks.whole("saliency_images", saliency_images, least=1))
     batch_size, seed = _checks.whole("batch_size", batch_size, least=1), _checks.seed(seed)
-    of = Subject(model, *placed(model, x, y), threat, batch_size, seed, progress)
+    of = Evaluation(model, *placed(model, x, y), threat, batch_size, seed, progress)
     refuse_double(of.x)
     check_feasible(model, of.x.shape[1:], corrupt=corrupt, corruption_folder=corruption_folder)
     check_radius(threat, of.x)
@@ -202,7 +202,7 @@ def _parts(shown: bool, count: int) -> Iterator[Callable[[str, Callable[[], _T]]
         yield part
 
 
-def _plain(of: Subject) -> dict[str, dict[str, Any]]:
+def _plain(of: Evaluation) -> dict[str, dict[str, Any]]:
     """:return: Clean accuracy, PGD-20, and accuracy against steps."""
     steps = {
         n: pgd_accuracy(of.model, of.x, of.y, threat=of.threat, max_iter=n, batch_size=of.batch_size, seed=of.seed)
@@ -215,23 +215,23 @@ def _plain(of: Subject) -> dict[str, dict[str, Any]]:
     }
 
 
-def _first(result: AutoAttackResult, of: Subject, some: slice) -> AutoAttackResult:
+def _first(result: AutoAttackResult, of: Evaluation, some: slice) -> AutoAttackResult:
     """:return: The result of the first images: what AutoAttack did to each is the same, whatever is counted."""
     fingerprint = sha256_of_tensors({"x": of.x[some].cpu(), "y": of.y[some].cpu()})
     return dataclasses.replace(result, x_adv=result.x_adv[some], correct=result.correct[some], data_sha256=fingerprint)
 
 
-def _transfer(of: Subject, surrogates: Mapping[str, nn.Module] | None) -> TransferResult | None:
+def _transfer(of: Evaluation, surrogates: Mapping[str, nn.Module] | None) -> TransferResult | None:
     if not surrogates:
         return None
     return transfer(of.model, of.x, of.y, surrogates=surrogates, threat=of.threat, **of.options())
 
 
-def _corruptions(of: Subject, wanted: bool) -> CorruptionResult | None:
+def _corruptions(of: Evaluation, wanted: bool) -> CorruptionResult | None:
     return corruption_accuracy(of.model, of.x, of.y, **of.options()) if wanted else None
 
 
-def _from_arrays(of: Subject, folder: str | Path | None) -> CorruptionResult | None:
+def _from_arrays(of: Evaluation, folder: str | Path | None) -> CorruptionResult | None:
     return (
         None
         if folder is None
@@ -239,7 +239,7 @@ def _from_arrays(of: Subject, folder: str | Path | None) -> CorruptionResult | N
     )
 
 
-def _figures(folder: Path, of: Subject, x_adv: Tensor, page: dict[str, Any]) -> list[Path]:
+def _figures(folder: Path, of: Evaluation, x_adv: Tensor, page: dict[str, Any]) -> list[Path]:
     model, x, y, threat = of.model, of.x, of.y, of.threat
     name, where = page["network"], f"{page['data']}, {threat.norm} eps {threat.eps:g}"
 

@@ -56,14 +56,14 @@ def _layers_from_the_logits_down(model: nn.Module, x: Tensor) -> list[str]:
 @torch.no_grad()
 def _randomise(module: nn.Module) -> None:
     """Draw a module's own parameters anew, on the CPU, so that every device gets the same ones."""
-    home = next(module.parameters(recurse=False)).device
+    device = next(module.parameters(recurse=False)).device
     module.cpu()
     if callable(reset := getattr(module, "reset_parameters", None)):
         reset()
     else:  # no rule of its own: normal numbers as large as the trained ones
         for parameter in module.parameters(recurse=False):
             parameter.copy_(parameter.square().mean().sqrt() * torch.randn_like(parameter))
-    module.to(home)
+    module.to(device)
 
 
 def model_randomisation(

@@ -16,7 +16,7 @@ from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 from art_saliency import _checks
 from art_saliency.data import to_unit
 from art_saliency.evaluation._autoattack_memory import weights_sha256
-from art_saliency.evaluation._inputs import checked, home_of, pixels, right_answers, unbroken
+from art_saliency.evaluation._inputs import checked, pixels, reference_tensor, right_answers, unbroken
 from art_saliency.evaluation.accuracy import binomial_interval, with_interval
 from art_saliency.evaluation.transfer_attacks import TRANSFER_ATTACKS, ensemble_logits, transfer_attack
 from art_saliency.files import sha256_of_tensors
@@ -179,14 +179,17 @@ def transfer(
     a_threat_model(threat)
     step = 2.5 * threat.eps / max(max_iter, 1) if eps_step is None else _checks.real("eps_step", eps_step, least=0)
     images, targets = checked(model, x, y)
-    home, images = home_of(model, images), to_unit(images.cpu())  # a GPU divides by 255 to other bits than are hashed
-    sources = _sources(model, surrogates, pixels(images[:1], home))
-    random = {(source, attack): RandomSource(seed, home.device) for source in sources for attack in names}
+    like, images = (
+        reference_tensor(model, images),
+        to_unit(images.cpu()),
+    )  # a GPU divides by 255 to other bits than are hashed
+    sources = _sources(model, surrogates, pixels(images[:1], like))
+    random = {(source, attack): RandomSource(seed, like.device) for source in sources for attack in names}
     found = {pair: [0, 0] for pair in random}
     standing, clean = torch.zeros(len(images), dtype=torch.bool), dict.fromkeys(surrogates, 0)
     clean_correct = 0
     with tqdm(total=len(images) * len(found), desc="transfer", unit="image", disable=not progress, leave=None) as bar:
-        for rows, some, labels in _batches(images, targets, home, batch_size):
+        for rows, some, labels in _batches(images, targets, like, batch_size):
             left = _right([model], some, labels)
             clean_correct += int(left.sum())
             for name in surrogates:
@@ -229,11 +232,11 @@ def transfer(
     )
 
 
-def _batches(x: Tensor, y: Tensor, home: Tensor, batch_size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _batches(x: Tensor, y: Tensor, like: Tensor, batch_size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """:return: Which images, their pixels and their labels, where the network is."""
     for start in range(0, len(x), batch_size):
         rows = slice(start, start + batch_size)
-        yield rows, pixels(x[rows], home), y[rows].to(home.device)
+        yield rows, pixels(x[rows], like), y[rows].to(like.device)
 
 
 def _right(networks: Sequence[nn.Module], x: Tensor, y: Tensor) -> Tensor:
@@ -273,11 +276,11 @@ def _check_surrogate(name: str, network: nn.Module, example: Tensor, wanted: tor
         )
     if not isinstance(network, nn.Module):
         raise _checks.refuse(where, f"a {type(network).__name__}", "a torch.nn.Module")
-    home = home_of(network, example)
-    if (home.device, home.dtype) != (example.device, example.dtype):
+    like = reference_tensor(network, example)
+    if (like.device, like.dtype) != (example.device, example.dtype):
         raise _checks.refuse(
             where,
-            f"a network of {home.dtype} on {home.device}",
+            f"a network of {like.dtype} on {like.device}",
             f"{example.dtype} on {example.device}, as the network under test",
             "move it with .to()",
         )
