@@ -178,7 +178,7 @@ def _check_words(args: argparse.Namespace) -> None:
 
 def _recipe(args: argparse.Namespace, parameters: dict[str, Any], classifier: PyTorchClassifier) -> Recipe:
     """:return: How the words say that the run goes, for ``run.json``."""
-    from art_saliency.trainers.surrogates import Recipe, describe_optimizer
+    from art_saliency.trainers.surrogates import RUN_OPTIONS, Recipe, describe_optimizer
 
     return Recipe(
         parameters=parameters,
@@ -188,19 +188,9 @@ def _recipe(args: argparse.Namespace, parameters: dict[str, Any], classifier: Py
         seed=args.seed,
         scheduler=None if args.scheduler == "none" else args.scheduler,
         augment=None if args.augment == "none" else args.augment,
-        grad_clip=args.grad_clip,
-        precision=args.precision,
-        deterministic=args.deterministic,
-        channels_last=args.channels_last,
         validation_split=args.validation_split,
         weights=str(Path(args.weights).resolve()) if args.weights else None,
-        selection=args.selection,
-        patience=args.patience,
-        validate_every=args.validate_every,
-        ema=args.ema,
-        swa_from=args.swa_from,
-        awp=args.awp,
-        label_smoothing=args.label_smoothing,
+        **{name: getattr(args, name) for name in RUN_OPTIONS},
     )
 
 

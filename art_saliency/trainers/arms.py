@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from art_saliency import _checks
 from art_saliency.architectures import ACTIVATIONS
-from art_saliency.augmentation import augmentation_by_name
 from art_saliency.data import DataSet, to_unit
 from art_saliency.errors import NoEffectWarning
 from art_saliency.methods import OBJECTIVES
@@ -204,15 +203,9 @@ def train_arm(
         trainer.fit(
             data.x_train,
             data.y_train,
-            batch_size=budget.batch_size,
-            nb_epochs=budget.epochs,
-            scheduler=recipe.scheduler,
-            seed=budget.seed,
-            augment=None if budget.augment is None else augmentation_by_name(budget.augment),
             verbose=not budget.quiet,
             checkpoint_dir=checkpoint_dir,
-            **keeping,
-            **arm.options,
+            **{**recipe.fit_options(), **keeping},
         )
     return Trained(trainer, recipe, network)
 

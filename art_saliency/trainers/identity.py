@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from art_saliency.trainers.base import ObjectiveTrainer
     from art_saliency.trainers.options import RunOptions
 
-__all__ = ["digest_of_pair", "identity_of_run", "word"]
+__all__ = ["FREE_OPTIONS", "digest_of_pair", "identity_of_run", "word"]
 
-_FREE = ("extensions", "verbose", "checkpoint_dir", "checkpoint_every", "resume", "validation_split")
+FREE_OPTIONS = ("extensions", "verbose", "checkpoint_dir", "checkpoint_every", "resume", "validation_split")
 """Options that may change: they do not touch what is computed, or (extensions, the split) are compared by other means."""
 
 _MOVING = ("lr", "initial_lr", "max_lr", "min_lr", "params", "param_names")
@@ -81,7 +81,7 @@ def identity_of_run(
         "batch_size": batch_size,
         "device": device.type,
         **({"tf32": tensor_float32()} if device.type == "cuda" else {}),
-        **{f.name: word(getattr(options, f.name)) for f in fields(options) if f.name not in _FREE},
+        **{f.name: word(getattr(options, f.name)) for f in fields(options) if f.name not in FREE_OPTIONS},
     }
 
 

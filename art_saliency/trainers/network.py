@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from art.defences.preprocessor.preprocessor import PreprocessorPyTorch
 from art.estimators.classification import PyTorchClassifier
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from art_saliency import _checks
 from art_saliency.errors import NoEffectWarning, UnsupportedModelError
@@ -18,7 +20,7 @@ from art_saliency.modes import side_pass, training
 from art_saliency.networks import check_network, pixel_range
 from art_saliency.randomness import global_generators_kept
 
-__all__ = ["ClassifierNetwork", "check_optimizer", "check_train_mode", "check_trainable"]
+__all__ = ["ClassifierNetwork", "check_optimizer", "check_train_mode", "check_trainable", "optimizer_settings"]
 
 
 class ClassifierNetwork(nn.Module):
@@ -125,6 +127,12 @@ def check_trainable(network: ClassifierNetwork, classifier: PyTorchClassifier) -
             )
     check_network(network, classifier.input_shape, classifier.nb_classes)
     return x
+
+
+def optimizer_settings(optimizer: Optimizer) -> dict[str, Any]:
+    """:return: The keywords that make another optimizer of the kind, beside its parameters."""
+    accepted = inspect.signature(type(optimizer).__init__).parameters  # AdamW's defaults hold more than it takes
+    return {key: value for key, value in optimizer.defaults.items() if key in accepted}
 
 
 def check_optimizer(network: ClassifierNetwork, classifier: PyTorchClassifier) -> None:

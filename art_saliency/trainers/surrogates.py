@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,19 +22,24 @@ from art_saliency.methods import OBJECTIVES
 from art_saliency.networks import build_network
 from art_saliency.randomness import global_generators_kept
 from art_saliency.threat import ThreatModel
+from art_saliency.trainers.identity import FREE_OPTIONS
 from art_saliency.trainers.methods import TRAINERS
+from art_saliency.trainers.network import optimizer_settings
+from art_saliency.trainers.options import RunOptions
 from art_saliency.trainers.runs import make_classifier
 
-__all__ = ["Recipe", "describe_optimizer", "load_weights", "train_surrogates", "variants_of_run"]
+__all__ = ["RUN_OPTIONS", "Recipe", "describe_optimizer", "load_weights", "train_surrogates", "variants_of_run"]
+
+RUN_OPTIONS = tuple(f.name for f in fields(RunOptions) if f.name not in (*FREE_OPTIONS, "seed", "augment"))
+"""Of ``fit``'s, those that what was learned depends on, and that a recipe names as ``fit`` does."""
 
 _NOT_COPIED = ("maps_file",)  # parameters that name a file of the run itself, which a copy must not share
 
 
 def describe_optimizer(optimizer: Optimizer) -> dict[str, Any]:
     """:return: One of torch's optimizers as JSON: its class's name, and the settings that the class takes."""
-    accepted = inspect.signature(type(optimizer).__init__).parameters  # AdamW's defaults hold more than it takes
     plain = (bool, int, float, str, list, tuple, type(None))
-    settings = {key: value for key, value in optimizer.defaults.items() if key in accepted and isinstance(value, plain)}
+    settings = {key: value for key, value in optimizer_settings(optimizer).items() if isinstance(value, plain)}
     return {"name": type(optimizer).__name__, **settings}
 
 
@@ -75,21 +79,19 @@ class Recipe:
     label_smoothing: float = 0.0
 
     def run_options(self) -> dict[str, Any]:
-        """:return: What ``fit`` takes on top of epochs, batch size, schedule, augmentation and validation data."""
-        names = (
-            "grad_clip",
-            "precision",
-            "deterministic",
-            "channels_last",
-            "selection",
-            "patience",
-            "validate_every",
-            "ema",
-            "swa_from",
-            "awp",
-            "label_smoothing",
-        )
-        return {name: getattr(self, name) for name in names}
+        """:return: What ``fit`` takes on top of epochs, batch size, schedule, seed, augmentation and validation data."""
+        return {name: getattr(self, name) for name in RUN_OPTIONS}
+
+    def fit_options(self) -> dict[str, Any]:
+        """:return: All that ``fit`` takes beside the data and how a run is kept and shown."""
+        return {
+            "batch_size": self.batch_size,
+            "nb_epochs": self.epochs,
+            "scheduler": self.scheduler,
+            "seed": self.seed,
+            "augment": None if self.augment is None else augmentation_by_name(self.augment),
+            **self.run_options(),
+        }
 
     def to_json(self) -> dict[str, Any]:
         """:return: The fields."""
@@ -195,13 +197,8 @@ def train_surrogates(
             x,
             y,
             validation_data=held_out if needs_validation else None,
-            batch_size=recipe.batch_size,
-            nb_epochs=passes,
-            scheduler=recipe.scheduler,
-            seed=own,
-            augment=None if recipe.augment is None else augmentation_by_name(recipe.augment),
             verbose=not quiet,
-            **recipe.run_options(),
+            **{**recipe.fit_options(), "nb_epochs": passes, "seed": own},
         )
         trained: nn.Module = classifier.model
         return trained.eval()

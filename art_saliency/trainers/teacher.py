@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from tqdm.auto import tqdm
 
 from art_saliency.methods.baselines import Standard
 from art_saliency.networks import copy_of
+from art_saliency.trainers.network import optimizer_settings
 from art_saliency.training.batches import Batches, ImageView
 from art_saliency.training.checkpoint import Checkpoints
 from art_saliency.training.engine import Engine
@@ -65,13 +65,13 @@ def trained_teacher(
     :return: The teacher, frozen, in eval mode.
     """
     teacher = copy_of(network)
-    accepted = inspect.signature(type(optimizer).__init__).parameters  # AdamW's defaults hold more than it takes
-    settings = {key: value for key, value in optimizer.defaults.items() if key in accepted}
     assert options.seed is not None
     train(
         teacher,
         Standard(),
-        type(optimizer)(teacher.parameters(), **{**settings, "lr": optimizer.param_groups[0]["lr"]}),
+        type(optimizer)(
+            teacher.parameters(), **{**optimizer_settings(optimizer), "lr": optimizer.param_groups[0]["lr"]}
+        ),
         batches,
         epochs=epochs,
         engine=engine,
