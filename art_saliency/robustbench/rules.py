@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from art_saliency.errors import UnsupportedModelError
+from art_saliency.evaluation._autoattack_guard import process_kept
 from art_saliency.files import is_dense
-from art_saliency.modes import evaluating, frozen
-from art_saliency.randomness import global_generators_kept
 from art_saliency.robustbench.traces import Call, LoopWatch, gradient_stops, same, trace
 
 __all__ = ["Violation", "key_violations", "network_violations", "probe_images", "refusal"]
@@ -123,19 +122,10 @@ def network_violations(model: nn.Module, input_shape: Sequence[int], num_classes
     like = next((t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()), torch.zeros(()))
     x = probe_images(input_shape).to(like.device)  # float32, as RobustBench's own images are, whatever the network is
     before = {k: v.clone() for k, v in _state(model).items()}
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
-        with (
-            global_generators_kept(),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            evaluating(model),
-            frozen(model),
-        ):
+        with process_kept(model, {}), torch.enable_grad():
             return _violations(model, x, num_classes, before)
     finally:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
         with torch.no_grad():
             for key, value in _state(model).items():
                 if key in before and not same(value, before[key]):
