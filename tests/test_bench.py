@@ -22,6 +22,7 @@ from art_saliency.trainers import _timing, benchmark
 from art_saliency.trainers._contestants import Contestants
 from art_saliency.trainers._plain_loops import BARE, PLAIN, plain_epoch
 from art_saliency.trainers._timing import Spread, exact_memory, growth_of, interleaved, matrix_turn, per_round
+from art_saliency.trainers.arms import Arm, parse_arm
 from art_saliency.training.cost import forward_backward_passes, step_operations
 from tests.helpers import in_fresh_process
 
@@ -136,8 +137,8 @@ def test_the_watch_on_memory_ends_with_a_turn_that_fails():
 def test_a_system_that_does_not_tell_its_memory_is_no_error(monkeypatch, tmp_path):
     monkeypatch.setattr(_timing, "_STATUS", tmp_path / "nothing")
     assert growth_of(lambda: 0.0, CPU) is None
-    result = benchmark.benchmark([benchmark.Entry("s", "standard")], setting(rounds=1, memory_turns=1))
-    assert result.methods["s"].extra_bytes is None
+    result = benchmark.benchmark([parse_arm("standard")], setting(rounds=1, memory_turns=1))
+    assert result.methods["standard"].extra_bytes is None
 
 
 # ---- loops by hand --------------------------------------------------------------------------------------------------
@@ -203,7 +204,7 @@ def contestants(tmp_path, name, *, parameters=None, **changes):
     chosen = setting(**changes)
     x, y = benchmark._images(chosen)
     with torch.random.fork_rng(devices=[]):
-        return Contestants(benchmark.Entry(name, name, parameters or {}), chosen, x, y, tmp_path)
+        return Contestants(Arm(name, name, name, parameters or {}, {}), chosen, x, y, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["standard", "pgd-at", "adv-gsct", "aalp", "j-sigr", "fsr"])
@@ -329,23 +330,24 @@ def test_operations_are_those_that_the_passes_are_made_of(tmp_path):
     assert forward_backward_passes(model, objective, method.batches[0]) == ratio
 
 
+def test_a_fraction_in_a_methods_name_is_no_folder(tmp_path):
+    chosen = setting(memory_turns=0)
+    Contestants(parse_arm("j-sigr:lambda_j=1/2@silu"), chosen, *benchmark._images(chosen), tmp_path).loop()
+    assert len(list(tmp_path.glob("*.pt"))) == 1
+
+
 # ---- the whole ------------------------------------------------------------------------------------------------------
 
 
 def test_every_ratio_is_what_its_seconds_say_and_random_states_come_back():
-    entries = [
-        benchmark.Entry("pgd-at", "pgd-at"),
-        benchmark.Entry("standard", "standard", {}, {"activation": "silu"}),
-        benchmark.Entry("fsr+pgd-at", "fsr", {"base": "pgd-at"}),
-        benchmark.Entry("fsr+mart", "fsr", {"base": "mart"}),
-    ]
+    arms = [parse_arm(text) for text in ("pgd-at", "standard@silu", "fsr+pgd-at", "fsr+mart")]
     torch.manual_seed(5)
     np.random.seed(5)  # noqa: NPY002
     expected = torch.rand(3), np.random.rand(3)  # noqa: NPY002
     torch.manual_seed(5)
     np.random.seed(5)  # noqa: NPY002
     calls = []
-    result = benchmark.benchmark(entries, setting(rounds=3), progress=lambda done, total: calls.append((done, total)))
+    result = benchmark.benchmark(arms, setting(rounds=3), progress=lambda done, total: calls.append((done, total)))
     assert torch.equal(torch.rand(3), expected[0])
     assert (np.random.rand(3) == expected[1]).all()  # noqa: NPY002
     assert calls == [(done, 4 * 15) for done in range(1, 4 * 15 + 1)]
@@ -366,9 +368,9 @@ def test_every_ratio_is_what_its_seconds_say_and_random_states_come_back():
     own = np.array(seconds["fsr+pgd-at"]["loop"])
     assert result.methods["fsr+pgd-at"].ratios["fsr/base"].median == pytest.approx(np.median(own / reference))
     assert "fsr/base" not in result.methods["fsr+mart"].ratios
-    assert "fsr/base" not in result.methods["standard"].ratios
-    plain = np.array(seconds["standard"]["loop"])
-    assert result.methods["standard"].ratios["loop/pgd-at"].median == pytest.approx(np.median(plain / reference))
+    assert "fsr/base" not in result.methods["standard@silu"].ratios
+    plain = np.array(seconds["standard@silu"]["loop"])
+    assert result.methods["standard@silu"].ratios["loop/pgd-at"].median == pytest.approx(np.median(plain / reference))
     rate = figures.operations / reference * np.array(result.matrix_seconds[figures.precision]) / (2 * 1024**3)
     assert figures.ratios["rate"].median == pytest.approx(np.median(rate))
     assert figures.images_per_second.median == pytest.approx(np.median(8 / reference))
@@ -433,8 +435,8 @@ def test_what_is_wrong_in_a_setting_is_said_at_once():
         setting(seed=-1)
     with pytest.raises(InputError, match="methods: got none"):
         benchmark.benchmark([], setting())
-    with pytest.raises(InputError, match="method: got 'madry'"):
-        benchmark.benchmark([benchmark.Entry("m", "madry")], setting())
+    with pytest.raises(InputError, match=r"methods: got 'pgd-at:ema=0\.9'"):
+        benchmark.benchmark([parse_arm("pgd-at:ema=0.9")], setting())
 
 
 def test_modules_that_add_a_loss_are_found_by_their_class(tiny_network):

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     from art_saliency import _checks
     from art_saliency.files import write_file
     from art_saliency.trainers.arms import parse_arms
-    from art_saliency.trainers.benchmark import Entry, Setting, benchmark
+    from art_saliency.trainers.benchmark import Setting, benchmark
 
     _checks.whole("--max-iter", args.max_iter, least=1)
     if args.scaling:
@@ -108,14 +108,13 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     out = None if args.out is None else vacant("--out", Path(args.out), "file", force=args.force)
-    entries = [Entry(arm.name, arm.trainer, arm.parameters, arm.network) for arm in arms]
     with tqdm(desc="bench", unit="turn", dynamic_ncols=True, disable=args.quiet) as bar:
 
         def moved(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        result = benchmark(entries, setting, progress=moved)
+        result = benchmark(arms, setting, progress=moved)
     if out is not None:
         write_file(out, lambda file: file.write(json.dumps(result.to_json(), indent=1).encode()))
     print(report(result))

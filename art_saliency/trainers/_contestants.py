@@ -7,7 +7,7 @@ import copy
 import io
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from art_saliency.modes import full_float32
 from art_saliency.networks import build_network
 from art_saliency.trainers._plain_loops import BARE, PLAIN, plain_epoch
 from art_saliency.trainers._timing import Turn, growth_of, waited
+from art_saliency.trainers.arms import Arm
 from art_saliency.trainers.base import ObjectiveTrainer
 from art_saliency.trainers.methods import TRAINERS
 from art_saliency.trainers.runs import make_classifier
@@ -34,24 +35,9 @@ from art_saliency.training.engine import PRECISIONS
 from art_saliency.training.extensions import Extension
 from art_saliency.training.loop import Run
 
-__all__ = ["Contestants", "Entry", "Setting"]
+__all__ = ["Contestants", "Setting"]
 
 _WARM_UPS = ("ramp", "warmup_share", "eps_warmup_share", "aux_warmup_share")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """
-    A method that takes part.
-
-    :ivar name: What it is called in the results. :ivar trainer: A name of ``TRAINERS``. :ivar parameters: Of the trainer.
-    :ivar network: What differs from the common network: ``{"activation": "silu"}``.
-    """
-
-    name: str
-    trainer: str
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    network: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -114,12 +100,14 @@ class _Probe(Extension):
 class Contestants:
     """One method's contestants. They take turns on one network and one optimizer, so that nothing differs but the loop."""
 
-    def __init__(self, entry: Entry, setting: Setting, x: Tensor, y: Tensor, folder: Path) -> None:
-        self.entry, self.setting, self.x, self.y = entry, setting, x, y
-        kind = TRAINERS[_checks.one_of("method", entry.trainer, TRAINERS)]
+    def __init__(self, arm: Arm, setting: Setting, x: Tensor, y: Tensor, folder: Path) -> None:
+        self.arm, self.setting, self.x, self.y = arm, setting, x, y
+        if arm.options:
+            raise _checks.refuse("methods", repr(arm.name), "a method and its parameters", "leave a run's options out")
+        kind = TRAINERS[arm.trainer]
         self.device = torch.device(setting.device)
         torch.manual_seed(setting.seed)
-        model = build_network(**{**setting.network, **entry.network})
+        model = build_network(**{**setting.network, **arm.network})
         self.classifier: PyTorchClassifier = make_classifier(
             model,
             input_shape=tuple(setting.network["input_shape"]),
@@ -127,13 +115,13 @@ class Contestants:
             optimizer=torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4),
             device=self.device,
         )
-        self.trainer = kind(self.classifier, **_parameters(kind, model, entry, setting))
+        self.trainer = kind(self.classifier, **_parameters(kind, model, arm, setting))
         self.name = self.trainer.objective.name
         self.base = None if self.name == kind.method_name() else self.name  # the method under an FSR layer
         if self.trainer.objective.needs_maps:  # the teacher's cost is not a step's: its maps are made once and kept
             teacher: Any = copy.deepcopy(self.classifier.model).requires_grad_(False).eval()
             self.trainer.objective.teacher = teacher
-            self.trainer.maps_file = folder / f"{entry.name}.pt"
+            self.trainer.maps_file = folder / f"{arm.folder}.pt"
         # A penalty on input gradients is refused in half precision.
         self.precision = "32-true" if self.trainer.objective.double_backward else setting.precision
         self.ends: list[float] = []
@@ -247,12 +235,12 @@ def _autocast(device: torch.device, precision: str) -> AbstractContextManager[An
     return torch.autocast(device.type, torch.bfloat16, enabled=precision != "32-true")
 
 
-def _parameters(kind: type[ObjectiveTrainer], model: nn.Module, entry: Entry, setting: Setting) -> dict[str, Any]:
+def _parameters(kind: type[ObjectiveTrainer], model: nn.Module, arm: Arm, setting: Setting) -> dict[str, Any]:
     """The common radius and attack steps, and every term at full weight from the first step on."""
-    known = kind.all_parameter_names(entry.parameters)
+    known = kind.all_parameter_names(arm.parameters)
     common = {"max_iter": setting.max_iter, **dict.fromkeys(_WARM_UPS, 0.0)}
     given = {name: value for name, value in common.items() if name in known}
-    return {**kind.defaults_for(model), "eps": setting.eps, **given, **entry.parameters}
+    return {**kind.defaults_for(model), "eps": setting.eps, **given, **arm.parameters}
 
 
 # --- ART's own -------------------------------------------------------------------------------------------------------

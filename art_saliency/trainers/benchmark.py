@@ -18,11 +18,12 @@ import torch
 
 from art_saliency import _checks
 from art_saliency.randomness import global_generators_kept
-from art_saliency.trainers._contestants import Contestants, Entry, Setting
+from art_saliency.trainers._contestants import Contestants, Setting
 from art_saliency.trainers._timing import Spread, exact_memory, interleaved, matrix_turn, per_round
+from art_saliency.trainers.arms import Arm
 from art_saliency.training.records import versions
 
-__all__ = ["RATIOS", "Benchmark", "Entry", "Figures", "Setting", "Spread", "benchmark"]
+__all__ = ["RATIOS", "Benchmark", "Figures", "Setting", "Spread", "benchmark"]
 
 RATIOS = {
     "loop/ideal": "a step of our trainer over its ideal: the objective's own passes on a resident batch, and the optimizer's step",
@@ -61,7 +62,7 @@ class Benchmark:
     """
     What :func:`benchmark` found.
 
-    :ivar setting: What all had in common. :ivar methods: By the entries' names. :ivar matrix_seconds: A matrix product, every round, by the arithmetic of the methods beside it.
+    :ivar setting: What all had in common. :ivar methods: By the arms' names. :ivar matrix_seconds: A matrix product, every round, by the arithmetic of the methods beside it.
     :ivar meta: Versions, processor or GPU, threads.
     """
 
@@ -78,7 +79,7 @@ class Benchmark:
 
 
 def benchmark(
-    entries: Sequence[Entry], setting: Setting, *, progress: Callable[[int, int], object] | None = None
+    arms: Sequence[Arm], setting: Setting, *, progress: Callable[[int, int], object] | None = None
 ) -> Benchmark:
     """
     Measure the training step of methods beside its ideal, loops by hand, ART's own trainers, and each other.
@@ -86,18 +87,18 @@ def benchmark(
     All contestants take turns in this process, in an order that changes every round; each ratio is taken within a round. The random
     states of torch and NumPy come back as they were; nothing is written.
 
-    :param entries: The methods, each under a name of its own. :param setting: What they have in common.
+    :param arms: The methods, each under a name of its own. :param setting: What they have in common.
     :param progress: Called after every turn with how many are over, and how many there are.
     :return: Ratios with their spread, memory, and every time that was taken.
     """
-    names = [entry.name for entry in entries]
+    names = [arm.name for arm in arms]
     if not names or len(set(names)) < len(names):
         raise _checks.refuse("methods", ", ".join(names) or "none", "at least one, each once")
     device = torch.device(setting.device)
     with tempfile.TemporaryDirectory() as folder, global_generators_kept(setting.seed):
         x, y = _images(setting)
         with exact_memory():
-            methods = {entry.name: Contestants(entry, setting, x, y, Path(folder)) for entry in entries}
+            methods = {arm.name: Contestants(arm, setting, x, y, Path(folder)) for arm in arms}
             extra = {name: method.extra_memory() for name, method in methods.items()}
         # A method that differentiates input gradients keeps to float32 beside others in half precision.
         used = {
@@ -149,15 +150,15 @@ def _figures(
     rate: list[float],
     extra: int | None,
 ) -> Figures:
-    own = seconds[method.entry.name]
+    own = seconds[method.arm.name]
     loop, operations = own["loop"], method.operations()
     pairs = {f"{name}/loop": (own[name], loop) for name in ("plain", "art", "art-full") if name in own}
     pairs |= {f"loop/{name}": (loop, own[name]) for name in ("ideal", "bare") if name in own}
     for other in methods.values():
         if other.base is None and other.name == "pgd-at" and other is not method:
-            pairs["loop/pgd-at"] = (loop, seconds[other.entry.name]["loop"])
+            pairs["loop/pgd-at"] = (loop, seconds[other.arm.name]["loop"])
         if other.base is None and other.name == method.base:
-            pairs["fsr/base"] = (loop, seconds[other.entry.name]["loop"])
+            pairs["fsr/base"] = (loop, seconds[other.arm.name]["loop"])
     ratios = {name: per_round(*pair) for name, pair in pairs.items()}
     ratios["end/step"] = Spread.of(method.ends[-len(loop) :])
     ratios["rate"] = per_round([operations / took for took in loop], rate)
