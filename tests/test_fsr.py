@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from art_saliency.attacks import cross_entropy, pgd
 from art_saliency.errors import CheckpointError, InputError, NoEffectWarning, UnsupportedModelError
-from art_saliency.methods.adapter import AdapterLayer, insert_adapter, remove_adapter
+from art_saliency.methods.adapter import AdapterLayer, insert_adapter
 from art_saliency.methods.base import AuxiliaryLoss, Batch, auxiliary_modules, auxiliary_terms, step_terms
 from art_saliency.methods.baselines import Standard
 from art_saliency.methods.fsr import (
@@ -40,7 +40,7 @@ from art_saliency.methods.fsr import (
 )
 from art_saliency.methods.fsr_loss import FSRLoss
 from art_saliency.methods.fsr_released import load_released
-from art_saliency.methods.surgery import Inserted, TokenGrid, inserted
+from art_saliency.methods.surgery import Inserted, TokenGrid, inserted, remove_inserted
 from art_saliency.modes import evaluating
 from art_saliency.networks import build_network
 from art_saliency.randomness import RandomSource
@@ -575,7 +575,7 @@ def test_the_adapter_is_f_plus_r_of_f_and_is_inserted_by_the_same_surgery():
     assert {key for key in network.state_dict() if key not in keys} == {
         f"body.adapter.{key}" for key in adapter.state_dict()
     }
-    assert torch.equal(remove_adapter(network)(x), plain)
+    assert torch.equal(remove_inserted(network, None, "adapter")(x), plain)
 
 
 # --- surgery --------------------------------------------------------------------------------------------------------------
@@ -1075,10 +1075,13 @@ def test_a_released_checkpoint_that_does_not_fit_is_refused_whole(tmp_path):
     torch.save({"net": state, "epoch": 3}, tmp_path / "nested.pt")
     with pytest.raises(CheckpointError, match="keys net, epoch"):
         load_released(network, tmp_path / "nested.pt")
-    torch.save(small_network(), tmp_path / "pickled.pt")
-    for name in ("pickled.pt", "absent.pt"):  # code is never run
-        with pytest.raises(CheckpointError, match="cannot be read"):
-            load_released(network, tmp_path / name)
+    torch.save(small_network(), tmp_path / "pickled.pt")  # code is never run
+    torch.save({"weight": torch.full((1000,), 7.0)}, tmp_path / "damaged.pt")
+    sound = (tmp_path / "damaged.pt").read_bytes()
+    (tmp_path / "damaged.pt").write_bytes(sound.replace(torch.tensor(7.0).numpy().tobytes(), b"????", 1))
+    for name, words in {"pickled": "more than tensors", "absent": "no such file", "damaged": "BadZipFile"}.items():
+        with pytest.raises(CheckpointError, match=words):
+            load_released(network, tmp_path / f"{name}.pt")
 
 
 # --- ART's own trainers ---------------------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from art_saliency import _checks
-from art_saliency.methods.surgery import FeatureLayer, TokenGrid, bottleneck, insert_after, remove_inserted
+from art_saliency.methods.surgery import FeatureLayer, TokenGrid, bottleneck, insert_after
 
-__all__ = ["AdapterLayer", "insert_adapter", "remove_adapter"]
+__all__ = ["AdapterLayer", "insert_adapter"]
 
 
 class AdapterLayer(FeatureLayer):
@@ -44,8 +44,3 @@ def insert_adapter(model: nn.Module, target: str, example: Tensor, *, fsr_hidden
         lambda found: AdapterLayer(found.channels, fsr_hidden=fsr_hidden, tokens=found.tokens),
     )
     return model
-
-
-def remove_adapter(model: nn.Module, target: str | None = None) -> nn.Module:
-    """The inverse of :func:`insert_adapter`, in place. :return: The same network."""
-    return remove_inserted(model, target, "adapter")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from art_saliency import _checks
 from art_saliency.errors import CheckpointError
+from art_saliency.files import read_tensors
 from art_saliency.methods.fsr import fsr_layers
 
 __all__ = ["load_released"]
@@ -50,15 +51,11 @@ def load_released(model: nn.Module, source: str | PathLike[str] | Mapping[str, T
 
 
 def _read(path: str | PathLike[str]) -> Mapping[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"checkpoint: {path} cannot be read as a file of tensors ({error})") from error
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        keys = f" with the keys {', '.join(map(str, content))}" if isinstance(content, Mapping) else ""
+    content = read_tensors(Path(path))
+    if not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(
-            f"checkpoint: {path} holds a {type(content).__name__}{keys}, expected tensors by key; load it yourself and hand over its "
-            f"state dict"
+            f"checkpoint: {path} holds a dict with the keys {', '.join(map(str, content))}, expected tensors by key; load it yourself and "
+            f"hand over its state dict"
         )
     return content
 
