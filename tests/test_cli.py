@@ -520,13 +520,52 @@ def test_what_cannot_be_printed_is_said_once(unbuffered):
 
 @pytest.mark.parametrize(
     "words",
-    [["trian"], ["train"], ["train", "pgd-at"], ["train", "pgd-at", "--eps", "x", "--out", "a"], ["train", "--hlep"]],
+    [["trian"], ["train"], ["train", "pgd-at"], ["train", "pgd-at", "--eps", "x", "--out", "a"]],
 )
 def test_words_that_do_not_parse_end_with_2_and_usage(words, capsys):
     with pytest.raises(SystemExit) as caught:
         main(words)
     assert caught.value.code == 2
     assert "usage: art-saliency" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("train adv-gsct --epoch 3", "--epoch: no such option; did you mean --epochs? ("),
+        (
+            "train pgd-at --eps 0.1 --out a --max-iter=3",
+            "--max-iter: no such option; did you mean --set max_iter=...? (",
+        ),
+        (
+            "train j-sigr --lamda-j 3",
+            "--lamda-j: no such option; did you mean --set lambda_j=... or --set lambda_s=...? (",
+        ),
+        ("train standard --max-iter 3", "--max-iter: no such option ("),
+        ("train --hlep", "--hlep: no such option; did you mean --help? ("),
+        ("evaluate a b --ful", "--ful: no such option; did you mean --full? ("),
+        ("verify --zzz", "--zzz: no such option ("),
+        ("methods aalp fsr", "fsr: one word too many ("),
+        ("methods -x", "-x: no such option ("),
+    ],
+)
+def test_an_option_that_does_not_exist_is_named_in_one_line_with_those_near_it(words, said, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(words.split())
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    prog = f"art-saliency {words.split()[0]}"
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"{prog}: error: {said}{prog} --help")
+
+
+def test_a_value_that_looks_like_an_option_and_help_beside_a_wrong_word_are_taken_as_they_are(folder, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--ful", "--help"])
+    assert caught.value.code == 0
+    assert "Examples:" in capsys.readouterr().out
+    assert main(["export", str(folder / "no"), "--name", "Doe2026Saliency", "--footnote", "--a note"]) == 2
+    assert "no run.json" in capsys.readouterr().err
 
 
 def test_a_run_that_is_there_is_not_overwritten(folder, capsys):

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 from art_saliency._version import __version__
 from art_saliency.cli import bench, compare, evaluate, explain, export, methods, quickstart, train, verify
-from art_saliency.cli._common import check_seed
+from art_saliency.cli._common import check_seed, fraction
+from art_saliency.cli._parser import CommandParser
 from art_saliency.errors import ArtSaliencyError, TrainingInterrupted
 
-__all__ = ["main", "make_parser"]
+__all__ = ["fraction", "main", "make_parser"]
 
 _COMMANDS = (quickstart, train, evaluate, explain, compare, methods, export, verify, bench)
 
@@ -28,7 +29,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.set_defaults(own_code=True)
     parser.add_argument("--version", action="version", version=f"art-saliency {__version__}")
-    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        title="commands", dest="command", metavar="COMMAND", required=True, parser_class=CommandParser
+    )
     for command in _COMMANDS:
         command.add_parser(commands)
     return parser

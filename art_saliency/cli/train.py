@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,16 @@ def add_parser(commands: Any) -> None:
     add_run_group(parser)
     add_run_options(parser)
     parser.set_defaults(run=run)
+    parser.elsewhere = _parameters
+
+
+def _parameters(words: Sequence[str]) -> dict[str, str]:
+    """:return: How parameters of the method are given, by what may have been taken for their options."""
+    from art_saliency.trainers.methods import TRAINERS
+
+    methods = [TRAINERS[word] for word in words if word in TRAINERS]
+    names = [name for method in methods[:1] for name in method.parameter_names() if name not in ("eps", "norm")]
+    return {f"--{name.replace('_', '-')}": f"--set {name}=..." for name in names}
 
 
 def _folder(args: argparse.Namespace, *, writes: bool) -> Path:
