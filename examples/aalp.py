@@ -10,13 +10,14 @@ import torch
 from art.estimators.classification import PyTorchClassifier
 
 from art_saliency import AALPTrainer, autoattack, build_network, load_data
+from art_saliency.cli import fraction
 from art_saliency.networks import default_network
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="digits, mnist, cifar10, FILE.npz, ... (default: %(default)s)")
-    parser.add_argument("--eps", type=float, default=0.2, help="Linf radius (default: %(default)s)")
+    parser.add_argument("--eps", type=fraction, default=0.2, help="Linf radius, such as 8/255 (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=20, help="(default: %(default)s)")
     parser.add_argument("--images", type=int, default=100, help="test images for AutoAttack (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from art_saliency import autoattack, build_network, load_data
+from art_saliency.cli import fraction
 from art_saliency.gradients import input_gradient
 from art_saliency.methods.base import Batch, LossTerms, Objective
 from art_saliency.networks import default_network
@@ -48,7 +49,7 @@ class DoubleBackpropagationTrainer(ObjectiveTrainer):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits", help="digits, mnist, cifar10, FILE.npz, ... (default: %(default)s)")
-    parser.add_argument("--eps", type=float, default=0.1, help="Linf radius (default: %(default)s)")
+    parser.add_argument("--eps", type=fraction, default=0.1, help="Linf radius, such as 8/255 (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=20, help="(default: %(default)s)")
     parser.add_argument("--images", type=int, default=100, help="test images for AutoAttack (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")

@@ -27,7 +27,7 @@ def few(tmp_path_factory):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_an_example_runs_and_prints_what_autoattack_found(script, few, monkeypatch, capsys):
-    words = [str(script), "--data", str(few), "--epochs", "1", "--images", "6", "--eps", "0.1"]
+    words = [str(script), "--data", str(few), "--epochs", "1", "--images", "6", "--eps", "26/255"]
     monkeypatch.setattr(sys, "argv", words)
     runpy.run_path(str(script), run_name="__main__")
     assert re.search(r"^clean \d+\.\d%, AutoAttack \d+\.\d%$", capsys.readouterr().out, re.MULTILINE)
