@@ -63,7 +63,7 @@ def test_train_writes_a_run_that_load_gives_back(folder):
     assert not any("model." in key or "module." in key for key in plain)
 
 
-def test_evaluate_measures_with_autoattack_and_refuses_to_replace(folder, capsys):
+def test_evaluate_measures_with_autoattack_and_refuses_to_replace_what_is_of_something_else(folder, capsys):
     words = ["evaluate", str(folder / "run"), "--images", "8", "--device", "cpu", "--quiet"]
     assert main([*words, "--force"]) == 0
     out, err = capsys.readouterr()
@@ -75,8 +75,77 @@ def test_evaluate_measures_with_autoattack_and_refuses_to_replace(folder, capsys
     low, high = result["autoattack"]["interval_95"]
     assert low <= result["autoattack"]["accuracy"] <= high
     assert result["autoattack_details"]["standard"] is True
-    assert main(words) == 2
-    assert "add --force" in capsys.readouterr().err
+    before = (folder / "run" / "evaluation.json").read_bytes()
+    for other, said in (
+        (["--seed", "1"], "--seed"),
+        (["--eps", "0.2", "--batch-size", "4"], "--eps, --batch-size"),
+        (["--images", "7", "--norm", "L2", "--version", "rand"], "images, --norm, --version"),
+    ):
+        assert main([*words, *other]) == 2
+        assert f"evaluation.json, which is of other {said}, expected none, or the" in (err := capsys.readouterr().err)
+        assert err.endswith("; add --force\n")
+    assert before == (folder / "run" / "evaluation.json").read_bytes()
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The seeds of the measurements that were made."""
+    from art_saliency.evaluation import summary
+
+    seeds, summarise = [], summary.summarise
+
+    def measure(*given, **options):
+        seeds.append(options["seed"])
+        return summarise(*given, **options)
+
+    monkeypatch.setattr(summary, "summarise", measure)
+    return seeds
+
+
+def test_what_was_measured_is_measured_again_with_force_alone(folder, tmp_path, measured, capsys):
+    """Of two runs, one of which stands measured, the other is; the comparison is that of both. Weights that are damaged are told first."""
+    for copied in ("one", "two"):
+        shutil.copytree(folder / "run", tmp_path / copied, ignore=shutil.ignore_patterns("evaluation.json", "x_adv.pt"))
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    words = ["--images", "3", "--device", "cpu", "--quiet"]
+    assert main(["evaluate", one, *words]) == 0
+    table = capsys.readouterr().out.split("Written to")[0]
+    before = (tmp_path / "one" / "evaluation.json").read_bytes()
+    assert main(["evaluate", one, two, *words, "--out", str(tmp_path / "both")]) == 0
+    assert measured == [0, 0]
+    said = f"{table}Read from {one}/evaluation.json: measured before (--force measures anew)\n"
+    assert capsys.readouterr().out.startswith(said)
+    assert (tmp_path / "one" / "evaluation.json").read_bytes() == before
+    pages = json.loads((tmp_path / "both" / "comparison.json").read_text())
+    assert pages["one"] == json.loads(before)
+    assert pages["one"]["autoattack"] == pages["two"]["autoattack"]
+    assert main(["evaluate", one, *words, "--force"]) == 0
+    assert measured == [0, 0, 0]
+    capsys.readouterr()
+    damage(tmp_path / "one" / "evaluation.json")
+    assert main(["evaluate", two, one, *words, "--out", str(tmp_path / "again")]) == 2
+    assert "one/evaluation.json: could not be read as an evaluation" in (said := capsys.readouterr().err)
+    assert said.endswith("evaluate again with --force\n")
+    for change, said in ((damage, "expected a state dict that torch.load"), (Path.unlink, "no such file")):
+        change(tmp_path / "two" / "weights.pt")
+        assert main(["evaluate", two, *words]) == 2
+        assert said in (err := capsys.readouterr().err)
+        assert "two/weights.pt" in err
+    assert measured == [0, 0, 0]
+
+
+def test_an_evaluation_without_its_figures_is_called_damaged(folder, tmp_path, capsys):
+    shutil.copytree(folder / "run", run := tmp_path / "run", ignore=shutil.ignore_patterns("evaluation.json"))
+    words = ["evaluate", str(run), "--images", "2", "--device", "cpu", "--quiet"]
+    assert main(words) == 0
+    page = json.loads((run / "evaluation.json").read_text())
+    for broken in ({**page, "pgd20": None}, {**page, "clean": {"accuracy": "?"}}, [page]):
+        (run / "evaluation.json").write_text(json.dumps(broken))
+        capsys.readouterr()
+        assert main(words) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert err.endswith("; evaluate again with --force\n")
 
 
 def test_a_folder_that_is_called_like_a_data_set_is_not_taken_for_it(folder, tmp_path, monkeypatch):

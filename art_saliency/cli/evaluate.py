@@ -24,6 +24,7 @@ from art_saliency.cli._common import (
     writable,
 )
 from art_saliency.cli._side_by_side import compare, table_of_run
+from art_saliency.errors import CheckpointError
 from art_saliency.words import fraction
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from art_saliency.cli._subjects import Subject
 
+_PAGE = "evaluation.json"
 _ONLY_FULL = ("surrogate", "no_surrogates", "audit_images", "corruptions")
 
 
@@ -41,7 +43,8 @@ def add_parser(commands: Any) -> None:
         help="measure trained networks with the real AutoAttack",
         description="Evaluates a run's network on its test images: clean accuracy, PGD-20 and AutoAttack, with 95 % intervals. "
         "With --full also a gradient-masking audit, transferred attacks, corruptions and saliency, as a report with figures. "
-        "Several runs are put side by side in one table and one figure.",
+        "Several runs are put side by side in one table and one figure. What was measured before of the same weights, images and settings, "
+        "and stands in DIR/evaluation.json, is not measured again, but with --force.",
         epilog="Examples:\n  art-saliency evaluate runs/digits\n  art-saliency evaluate runs/mnist --eps 0.2 --images 1000\n"
         "  art-saliency evaluate runs/digits --full\n  art-saliency evaluate runs/pgd-at runs/adv-gsct runs/fsr --out runs/side-by-side",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -84,12 +87,18 @@ def run(args: argparse.Namespace) -> int:
         out = vacant("--out", Path(args.out or "comparison"), "folder", force=args.force)
     device = pick_device(args.device)
     subjects = opened(args, dict(zip(_names(folders), folders, strict=True)), device)
+    # Before any of them is measured; and after all were opened, as nothing that was measured is worth more than weights that can be read.
+    known = {name: _measured(args, of) for name, of in subjects.items()}
     measure = partial(_full, named=named_surrogates(args, subjects, device)) if args.full else _short
     pages = {}
     for name, of in subjects.items():
         words = f"{of.count} test images, {of.threat.norm} eps {of.threat.eps:g}, {device}"
         say(args, f"{of.page['method']} on {of.data.name}: {words}")
-        pages[name] = measure(args, of)
+        pages[name] = known[name] or measure(args, of)
+        if known[name]:
+            print(
+                f"{_in_words(of, pages[name])}\nRead from {of.folder / _PAGE}: measured before (--force measures anew)"
+            )
     if out is not None:
         compare(pages, out)
     return 0
@@ -115,9 +124,8 @@ def _checked(args: argparse.Namespace) -> list[Path]:
         raise _checks.refuse("DIR", "the same run twice", "different runs")
     for folder in folders:
         _checks.real("--eps", threat_of_run(args, page_of_run(folder)).eps, above=0)
-        target, kind = ("report", "folder") if args.full else ("evaluation.json", "file")
-        vacant("DIR", folder / target, kind, force=args.force)
-        writable("DIR", folder)  # a report takes the place of the old one as a whole
+        if args.full or args.force or not (folder / _PAGE).exists():
+            writable("DIR", folder)  # a report takes the place of the old one as a whole
     return folders
 
 
@@ -125,6 +133,52 @@ def _names(folders: list[Path]) -> list[str]:
     """:return: The folders' last names, or as much of their paths as tells them apart."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def _measured(args: argparse.Namespace, of: Subject) -> dict[str, Any] | None:
+    """
+    :return: What was measured before of these weights, on these images and by these words; ``None`` when it is to be measured.
+    :raises InputError: When the place is taken by anything else. :raises CheckpointError: When it cannot be told what of.
+    """
+    from art_saliency import _checks
+    from art_saliency.data import to_unit
+    from art_saliency.evaluation._autoattack_memory import weights_sha256
+    from art_saliency.files import sha256_of_tensors
+    from art_saliency.robustbench.evidence import read_evidence
+
+    target = of.folder / _PAGE
+    if args.full or args.force or not target.is_file():
+        vacant("DIR", *((of.folder / "report", "folder") if args.full else (target, "file")), force=args.force)
+        return None
+    try:
+        record = read_evidence(target).record
+        page: dict[str, Any] = json.loads(target.read_text(encoding="utf-8"))
+        _in_words(of, page)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} with --force") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{target}: damaged ({error!r}); evaluate again with --force") from error
+    x, y = of.images()
+    asked = {
+        "weights": ("weights_sha256", weights_sha256(of.model)),
+        "images": ("data_sha256", sha256_of_tensors({"x": to_unit(x).float().contiguous(), "y": y.long()})),
+        "--norm": ("norm", of.threat.norm),
+        "--eps": ("eps", of.threat.eps),
+        "--version": ("version", args.version),
+        "--batch-size": ("batch_size", args.batch_size),
+        "--seed": ("seed", args.seed),
+    }
+    if others := [words for words, (name, value) in asked.items() if record[name] != value]:
+        got = f"{target}, which is of other {', '.join(others)}"
+        raise _checks.refuse("DIR", got, "none, or the evaluation that these words ask for", "add --force")
+    return page
+
+
+def _in_words(of: Subject, page: dict[str, Any]) -> str:
+    """:param page: Of an evaluation. :return: Its table, and what AutoAttack warned of."""
+    details = page["autoattack_details"]
+    notes = [f"AutoAttack: {note}" for note in (*details["deviations"], *details["warnings"])]
+    return "\n".join([table_of_run(page, of.page["method"]), *notes])
 
 
 def _short(args: argparse.Namespace, of: Subject) -> dict[str, Any]:
@@ -143,14 +197,13 @@ def _short(args: argparse.Namespace, of: Subject) -> dict[str, Any]:
     result = {"run": of.page["method"], "data": of.data.name, **summary.to_json()}
     images = {"x_adv": summary.autoattack.x_adv}
     result["x_adv_sha256"] = sha256_of_tensors(images)
-    target = of.folder / "evaluation.json"
-    notes = [f"AutoAttack: {note}" for note in (*summary.autoattack.deviations, *summary.autoattack.warnings)]
+    target = of.folder / _PAGE
 
     def write() -> None:
         write_tensors(of.folder / "x_adv.pt", images)
         write_file(target, lambda file: file.write(json.dumps(result, indent=1).encode()))
 
-    shown_and_written("\n".join([table_of_run(result, of.page["method"]), *notes]), write)
+    shown_and_written(_in_words(of, result), write)
     print(f"Written to {target}")
     return result
 
