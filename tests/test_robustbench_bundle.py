@@ -92,8 +92,10 @@ def test_all_problems_are_said_at_once_and_what_is_not_known_yet_may_be_null():
     assert len(problems(page, "cifar10", "Linf")) == 3
     open_page = {**PAGE, "link": None, "reported": None, "autoattack_acc": None}
     assert problems(open_page, "cifar10", "Linf") == []
-    assert unfilled(open_page) == ["link", "reported", "autoattack_acc"]
-    assert unfilled(PAGE) == []
+    published = dict.fromkeys(("code_url", "license", "checkpoint_url", "gdrive_id"), "said")
+    assert unfilled(open_page, published) == ["paper_url", "reported", "evaluation"]
+    assert unfilled(PAGE, {**published, "license": None}) == ["license"]
+    assert unfilled(PAGE, published) == []
     assert problems([], "cifar10", "Linf") == ["is a list, expected an object"]
 
 
@@ -282,7 +284,7 @@ def test_what_only_a_human_knows_is_left_open_in_words_and_never_made_up(evaluat
     ):
         (line,) = (line for line in text.splitlines() if line.startswith(f"- **{label}"))
         assert line.endswith(TO_FILL_IN)
-    assert "still to be filled in, by exporting again with --force: link, name, authors" in text
+    assert "still to be filled in, by exporting again with --force: --paper-url, --paper-title, --authors" in text
     stated = evaluated[1][0].to_json()
     seeds = {"seeds": [0, 1], "low": 0.25, "high": 0.5}
     human = {"license": "MIT", "code_url": "https://c.org", "checkpoint_url": "https://w.org"}

@@ -272,10 +272,15 @@ def test_accuracies_without_an_evaluation_stay_null(proven, place):
     assert page_of(place / "Doe2026Corrupted")["eps"] is None
     assert page_of(place / "Doe2026Wrn")["eps"] == "0.5"
     assert not (place / "Doe2026Fsr" / "evaluation.json").exists()
-    assert {"link", "name", "autoattack_acc"} <= set(verify_bundle(place / "Doe2026Fsr").unfilled)
+    lacking = ["paper_url", "paper_title", "authors", "additional_data", "venue", "evaluation", "reported"]
+    lacking += ["code_url", "license", "checkpoint_url", "gdrive_id"]
+    assert verify_bundle(place / "Doe2026Fsr").unfilled == lacking
+    assert verify_bundle(place / "Doe2026Corrupted").unfilled == [
+        "corruptions" if name == "evaluation" else name for name in lacking
+    ]
     stated = page_of(place / "Doe2026Saliency")
     assert "12 of 10000 test images (95 % interval" in stated["footnote"]
-    assert verify_bundle(place / "Doe2026Saliency").unfilled == []
+    assert verify_bundle(place / "Doe2026Saliency").unfilled == ["gdrive_id"]
 
 
 # ---- the commands, with nothing patched ----------------------------------------------------------------------------
@@ -296,13 +301,19 @@ def test_the_commands_go_all_the_way(place, images, results, proven, capsys, mon
     assert main([*words, "--reported", "52.5"]) == 0
     told = capsys.readouterr().out
     assert "RobustBench's load_model loads it, with the same logits" in told
-    assert "Still to be filled in: --paper-title, --venue, --license, --code-url, --additional-data" in told
+    missing = (
+        "till to be filled in, by exporting again with --force: --paper-title, --additional-data, --venue, --code-url, "
+    )
+    missing += "--license, --checkpoint-url, --gdrive-id\n"
+    assert missing in told
+    assert missing in (out / "SUBMISSION.md").read_text()
     assert set(read_tensors(weights_of(out))) == set(model.state_dict())
     info = page_of(out)
     assert (info["authors"], info["reported"], info["clean_acc"]) == ("Jane Doe", "52.50", "75.00")
     assert main(["verify", str(out)]) == 0
     told = capsys.readouterr().out
     assert "good, as far as it was checked" in told
+    assert missing in told
     assert told.count("not checked:") == 3
     assert "there are none to be scored" in told  # the run's evaluation kept no adversarial images
     assert main(words) == 2
@@ -411,7 +422,7 @@ def test_questions_are_asked_on_a_terminal_only(monkeypatch):
 
     asked = dict.fromkeys(command._QUESTIONS) | {"authors": "Jane"}
     assert command._asked(asked, quiet=False) == asked  # no terminal here
-    answers = io.StringIO("A title\n\nICML 2026\nyes\n\n\n")
+    answers = io.StringIO("A title\narxiv\nhttps://arxiv.org/abs/XXXX.XXXXX\n\nICML 2026\nyes\n\n\n")
     answers.isatty = lambda: True
     monkeypatch.setattr("sys.stdin", answers)
     monkeypatch.setattr("sys.stderr", type("Terminal", (io.StringIO,), {"isatty": lambda self: True})())
@@ -689,7 +700,11 @@ def with_a_sparse_buffer():
         (network, "Doe2026X", {"threat_model": "corruptions", "eps": 0.1}, "eps: got 0.1, expected None"),
         (network, "Doe2026X", {"dataset": "imagenet"}, "preprocessing: got None, expected one of 'Res256Crop224'"),
         (network, "Doe2026X", {"preprocessing": "Res224"}, "preprocessing: got 'Res224', expected None"),
-        (network, "Doe2026X", {"paper_url": "arxiv"}, "has 'link': 'arxiv', expected a web address"),
+        (network, "Doe2026X", {"paper_url": "arxiv"}, "paper_url: got 'arxiv', expected a web address"),
+        (network, "Doe2026X", {"paper_url": "https://arxiv.org/abs/..."}, "paper_url: got 'https://arxiv.org/abs/...'"),
+        (network, "Doe2026X", {"code_url": "https://github.com/<user>/x"}, "code_url: got 'https://github.com/<user>"),
+        (network, "Doe2026X", {"checkpoint_url": "TODO"}, "checkpoint_url: got 'TODO', expected a web address"),
+        (network, "Doe2026X", {"authors": "..."}, "has 'authors': '...', expected text"),
         (network, "Doe2026X", {"reported": 52.5}, "reported: got 52.5"),
         (network, "Doe2026X", {"additional_data": "no"}, "has 'additional_data': 'no'"),
         (network, "Doe2026X", {"source": "net.py"}, "source: got 'net.py'"),

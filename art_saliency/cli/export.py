@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,20 @@ _QUESTIONS = {
 }
 """What only a human knows. Asked for on a terminal; an empty answer leaves it open."""
 
-_ANSWERS = {"additional_data": {"yes": "yes", "y": "yes", "no": "no", "n": "no"}}
-"""The questions that take certain answers only, in any case, and what each of them stands for."""
+
+def _address(said: str) -> str | None:
+    from art_saliency.robustbench.model_info import is_address
+
+    return said if is_address(said) else None
+
+
+_YES_NO = {"yes": "yes", "y": "yes", "no": "no", "n": "no"}
+_ANSWERS: dict[str, tuple[str, Callable[[str], str | None]]] = {
+    "additional_data": ("yes or no", lambda said: _YES_NO.get(said.lower())),
+    "paper_url": ("a web address, with nothing left out", _address),
+    "code_url": ("a web address, with nothing left out", _address),
+}
+"""The questions that take certain answers only: which, and what an answer stands for; ``None`` when it is none of them."""
 
 
 def add_parser(commands: Any) -> None:
@@ -34,7 +47,8 @@ def add_parser(commands: Any) -> None:
         description="Takes the network out of a run, checks RobustBench's rules, and proves in a fresh process that RobustBench's own "
         "code loads what is written.",
         epilog="Examples:\n  art-saliency evaluate runs/c10 --batch-size 32\n  art-saliency export runs/c10 --name Doe2026Saliency "
-        "--dataset cifar10 --threat-model Linf --paper-url https://arxiv.org/abs/... --authors 'Jane Doe, John Roe'",
+        "--dataset cifar10 --threat-model Linf --authors 'Jane Doe, John Roe'\n\nWhat only you know may be said later: what is left open is "
+        "listed, and asked for on a terminal.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", metavar="DIR", help="what `art-saliency train --out DIR` wrote")
@@ -118,11 +132,8 @@ def run(args: argparse.Namespace) -> int:
         **human,
     )
     print(f"{target}: RobustBench's load_model loads it, with the same logits. Read {target / 'SUBMISSION.md'}")
-    missing = [
-        f"--{name.replace('_', '-')}" for name, value in {**human, "additional_data": answer}.items() if value is None
-    ]
-    if missing:
-        print(f"Still to be filled in: {', '.join(missing)}")
+    if missing := _missing(target):
+        print(f"Still to be filled in, by exporting again with --force: {missing}")
     if (size := _batch_size(target)) not in (None, 32):
         print(
             f"Evaluated with batch size {size}: RobustBench's is 32, with which its benchmark would return the same number"
@@ -168,6 +179,16 @@ def _batch_size(bundle: Path) -> int | None:
     return int(json.loads(path.read_text(encoding="utf-8"))["stated"]["batch_size"]) if path.is_file() else None
 
 
+def _missing(bundle: Path) -> str:
+    """:return: The options by which is said what the bundle leaves open."""
+    from art_saliency.robustbench.bundle import Layout
+    from art_saliency.robustbench.model_info import as_options, unfilled
+
+    page = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+    layout = Layout(bundle, page["name"], page["dataset"], page["threat_model"])
+    return as_options(unfilled(json.loads(layout.model_info.read_text(encoding="utf-8")), page["publication"]))
+
+
 def _asked(known: dict[str, str | None], *, quiet: bool) -> dict[str, str | None]:
     """:return: What was given, and on a terminal what was answered; an empty answer, or none, is None."""
     if quiet or not (sys.stdin.isatty() and sys.stderr.isatty()):
@@ -179,13 +200,12 @@ def _asked(known: dict[str, str | None], *, quiet: bool) -> dict[str, str | None
     return found
 
 
-def _answer(question: str, known: dict[str, str] | None) -> str | None:
-    """Ask until the answer is a known one, where only these will do. :return: It; None when it is empty."""
+def _answer(question: str, takes: tuple[str, Callable[[str], str | None]] | None) -> str | None:
+    """Ask until the answer is one that is taken, where only these will do. :return: It; None when it is empty."""
+    expected, read = takes or ("", str)
     while True:
         print(f"{question} [leave open]: ", end="", file=sys.stderr, flush=True)
         said = sys.stdin.readline().strip()
-        if known is None or not said:
-            return said or None
-        if said.lower() in known:
-            return known[said.lower()]
-        print(f"got {said!r}, expected {' or '.join(dict.fromkeys(known.values()))}", file=sys.stderr)
+        if not said or (answer := read(said)) is not None:
+            return answer if said else None
+        print(f"got {said!r}, expected {expected}", file=sys.stderr)

@@ -49,6 +49,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do it. :return: 0, or 1 when something is wrong with the bundle."""
     _keep_out(Path(args.bundle))  # before torch and all that it imports are looked for
+    from art_saliency.robustbench.model_info import as_options
     from art_saliency.robustbench.verify import verify_bundle
 
     refuse_unused(
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             f"{numbers['robust_accuracy']:.2%} (stated {numbers['stated_robust_accuracy']:.2%})"
         )
     if found.unfilled:
-        print(f"  to be filled in by you: {', '.join(found.unfilled)}")
+        print(f"  still to be filled in, by exporting again with --force: {as_options(found.unfilled)}")
     for problem in found.problems:
         print(f"  wrong: {problem}", file=sys.stderr)
     return 0 if found.ok else 1

@@ -26,6 +26,7 @@ from art_saliency.robustbench.model_info import (
     Board,
     board,
     eps_text,
+    is_address,
     known_fields,
     percent_text,
     prepared_board,
@@ -122,6 +123,9 @@ def export_robustbench(
         **({} if footnote is None else {"footnote": footnote}),
         **_corruptions(corruptions, dataset, threat_model),
     }
+    for argument, address in (("paper_url", paper_url), ("code_url", code_url), ("checkpoint_url", checkpoint_url)):
+        if address is not None and not is_address(address):
+            raise _checks.refuse(argument, repr(address), "a web address, with nothing left out")
     if gdrive_id is not None and not re.fullmatch(r"[A-Za-z0-9_-]+", gdrive_id):
         expected = "letters, digits, - and _: what stands between /d/ and /view in its address"
         raise _checks.refuse("gdrive_id", repr(gdrive_id), expected)
@@ -133,6 +137,7 @@ def export_robustbench(
     _lint(foreign_steps(model), plain, place)
     reference = _reference(model, plain, place)
     evidence = _evidence(evaluation, plain, threat)
+    human = {"code_url": code_url, "license": license, "checkpoint_url": checkpoint_url, "gdrive_id": gdrive_id}
     page = {
         "schema": SCHEMA,
         "name": name,
@@ -144,9 +149,9 @@ def export_robustbench(
         "weights_sha256": plain.sha256,
         "also_known_as": sorted(plain.also_known_as),
         "standardisation_baked_in": list(plain.normalised),
+        "publication": human,
         "versions": {"art_saliency": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    human = {"license": license, "code_url": code_url, "checkpoint_url": checkpoint_url, "gdrive_id": gdrive_id}
     choices = architectures_of(plain.network, name, imagenet=dataset == "imagenet", source=user, label=architecture)
     with sealed(target, force=force) as folder:
         layout = Layout(folder, name, dataset, threat_model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,10 @@ __all__ = [
     "BOARDS",
     "PREPROCESSINGS",
     "Board",
+    "as_options",
     "board",
     "eps_text",
+    "is_address",
     "known_fields",
     "percent_text",
     "prepared_board",
@@ -92,7 +94,7 @@ def percent_text(share: float) -> str:
 
 
 def _text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    return isinstance(value, str) and bool(re.search(r"\w", value))
 
 
 def _percent(value: Any) -> bool:
@@ -110,12 +112,15 @@ def _radius(value: Any) -> bool:
     return float(above) / float(below or 1) > 0
 
 
-def _link(value: Any) -> bool:
-    return isinstance(value, str) and bool(re.fullmatch(r"https?://[^\s/]+\.[^\s/]+(/\S*)?", value))
+def is_address(value: Any) -> bool:
+    """:return: Whether it is a web address, and not one with something left out, such as ``https://arxiv.org/abs/...``."""
+    if not isinstance(value, str) or re.search(r"\.\.\.|…|[<>{}]|x{4}", value, re.IGNORECASE):
+        return False
+    return bool(re.fullmatch(r"https?://[^\s/]+\.[^\s/]+(/\S*)?", value))
 
 
 _Kind = tuple[str, Callable[[Any], bool]]
-_LINK: _Kind = ("a web address", _link)
+_LINK: _Kind = ("a web address, with nothing left out", is_address)
 _TEXT: _Kind = ("text", _text)
 _FLAG: _Kind = ("true or false", lambda value: isinstance(value, bool))
 _COUNT: _Kind = ("a whole number from 1", lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1)
@@ -124,6 +129,9 @@ _ERROR: _Kind = ('a percentage as text, "52.48", which may exceed 100', _error)
 
 _HUMAN = ("link", "name", "authors", "additional_data", "venue")
 """What a human knows: the paper's address, title, authors and venue; and whether other data than the set's was used."""
+
+_PUBLICATION = ("code_url", "license", "checkpoint_url", "gdrive_id")
+"""And what RobustBench asks for beside the page."""
 
 _ALWAYS: dict[str, _Kind] = {
     "link": _LINK,
@@ -178,6 +186,22 @@ def problems(page: Any, dataset: str, threat_model: str) -> list[str]:
     return found
 
 
-def unfilled(page: Mapping[str, Any]) -> list[str]:
-    """:return: The fields that are still null and must not be when the submission is made."""
-    return [field for field in page if page[field] is None and field in _MAY_BE_NULL]
+def unfilled(page: Mapping[str, Any], human: Mapping[str, Any]) -> list[str]:
+    """
+    What has still to be said before a submission is made: the one list of it, for whoever shows one.
+
+    :param page: The ``model_info`` page. :param human: What else is asked for, as ``bundle.json`` has it under ``publication``.
+    :return: Arguments of :func:`~art_saliency.robustbench.export.export_robustbench`.
+    """
+    measured = "corruptions" if "corruptions_acc" in page else "evaluation"
+    said_by = {"link": "paper_url", "name": "paper_title"}
+    said_by |= {
+        field: measured for field in page if field == "clean_acc" or field.startswith(("autoattack_", "corruptions_"))
+    }
+    null = [said_by.get(field, field) for field in page if page[field] is None and field in _MAY_BE_NULL]
+    return list(dict.fromkeys([*null, *(name for name in _PUBLICATION if not human.get(name))]))
+
+
+def as_options(names: Iterable[str]) -> str:
+    """:return: Arguments of ``export_robustbench`` as the command line has them."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)

@@ -7,7 +7,7 @@ from typing import Any
 
 from art_saliency._version import __version__
 from art_saliency.robustbench.evidence import interval_of
-from art_saliency.robustbench.model_info import board, eps_text, unfilled
+from art_saliency.robustbench.model_info import as_options, board, eps_text, unfilled
 from art_saliency.robustbench.writing import Architecture, identifier
 
 __all__ = ["TO_FILL_IN", "entry", "submission"]
@@ -61,7 +61,7 @@ def submission(
     """
     ``SUBMISSION.md``: RobustBench's issue form, filled with what is known.
 
-    :param info: The ``model_info`` page. :param human: ``license``, ``code_url``, ``checkpoint_url``, ``gdrive_id``; what is unknown is missing.
+    :param info: The ``model_info`` page. :param human: ``license``, ``code_url``, ``checkpoint_url``, ``gdrive_id``; what is unknown is missing or ``None``.
     :param stated: The record of the evaluation; ``None`` when there was none. :param seeds: Its spread over seeds.
     """
 
@@ -91,8 +91,8 @@ def submission(
         ("License", human.get("license")),
     ]
     table = "\n".join(f"- **{label}**: {shown(value)}" for label, value in rows)
-    missing = [*unfilled(info), *(word for word in ("checkpoint_url", "code_url", "license") if not human.get(word))]
-    warnings = [f"- still to be filled in, by exporting again with --force: {', '.join(missing)}"] if missing else []
+    missing = as_options(unfilled(info, human))
+    warnings = [f"- still to be filled in, by exporting again with --force: {missing}"] if missing else []
     if not human.get("gdrive_id"):
         warnings.append(f"- {name}.pt is not uploaded yet. {_UPLOAD}")
     radius = place.eps[threat_model]

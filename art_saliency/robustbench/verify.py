@@ -40,7 +40,7 @@ class Verification:
 
     :ivar bundle: The folder. :ivar problems: What is wrong; empty when nothing is.
     :ivar checked: What was looked at. :ivar unchecked: What was not, and how to have it looked at.
-    :ivar unfilled: Fields that a human has still to fill in. :ivar benchmark: RobustBench's numbers beside the stated ones.
+    :ivar unfilled: Arguments of an export that a human has still to give. :ivar benchmark: RobustBench's numbers beside the stated ones.
     """
 
     bundle: str
@@ -155,6 +155,7 @@ _PAGE: dict[str, Callable[[Any], bool]] = {
     "weights_sha256": lambda value: isinstance(value, str),
     "also_known_as": lambda value: isinstance(value, list),
     "preprocessing": lambda value: value is None or isinstance(value, str),
+    "publication": lambda value: isinstance(value, dict),
     "architecture": lambda value: value in ("robustbench", "own", "user"),
 }
 
@@ -165,7 +166,8 @@ def _read_page(path: Path, found: Verification) -> dict[str, Any] | None:
     if not isinstance(page, dict):
         found.problems += [] if page is None else ["bundle.json is no object"]
         return None
-    page.setdefault("also_known_as", [page.get("weights_sha256")])  # bundles of before it was written down
+    for name, before in {"also_known_as": [page.get("weights_sha256")], "publication": {}}.items():
+        page.setdefault(name, before)  # bundles of before it was written down
     wrong = [name for name, fits in _PAGE.items() if name not in page or not fits(page[name])]
     if wrong:
         found.problems.append(f"bundle.json is not one that this version reads: look at {', '.join(wrong)}")
@@ -238,7 +240,7 @@ def _check_info(layout: Layout, page: dict[str, Any], found: Verification) -> di
     found.checked.append("that model_info has RobustBench's fields in RobustBench's conventions")
     if not isinstance(info, dict):
         return {}
-    found.unfilled += unfilled(info)
+    found.unfilled += unfilled(info, page["publication"])
     return info
 
 
