@@ -64,9 +64,30 @@ def test_the_command_line_lists_and_shows_them(capsys):
     assert main(["methods"]) == 0
     listed = capsys.readouterr().out
     assert all(f"| {name} " in listed for name in TRAINERS)
-    assert main(["methods", "aalp"]) == 0
+    assert main(["methods", "aalp", "--all"]) == 0
     assert capsys.readouterr().out.strip() == CARDS["aalp"].strip()
+    assert main(["methods", "--all"]) == 2
+    assert "--all: got it, expected no such option without a METHOD" in capsys.readouterr().err
     assert main(["methods", "pgd-at"]) == 0
     assert "baseline" in capsys.readouterr().out
     assert main(["methods", "alp2"]) == 2
     assert "METHOD: got 'alp2', expected one of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_without_all_a_card_is_shown_as_far_as_a_choice_is_made_by_it(name, capsys):
+    """Its own lines in its own words, all parameters among them, and of the stored runs those of the method as it comes."""
+    assert main(["methods", name]) == 0
+    shown = capsys.readouterr().out
+    *body, last = shown.strip().splitlines()
+    assert last == f"The whole card: art-saliency methods {name} --all"
+    assert len(shown) < 9000 < len(CARDS[name])
+    headings = [line for line in body if line.startswith("#")]
+    words = ["# ", "## What it does", "## Hyper-parameters", "## Known weaknesses", "## Cost", "## Measured, in short"]
+    assert all(heading.startswith(start) for heading, start in zip(headings, words, strict=True))
+    assert set(body) - set(CARDS[name].splitlines()) == {"## Measured, in short"}
+    table = CARDS[name].split("## Hyper-parameters")[1].split("\n## ")[0]
+    assert table.strip() in shown
+    arms = [line.split("|")[1].strip() for line in shown.split("in short")[1].splitlines() if line.startswith("| ")]
+    assert {"pgd-at", "fsr+pgd-at" if name == "fsr" else name} < set(arms)
+    assert not any(":" in arm for arm in arms)

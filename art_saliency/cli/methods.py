@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any
+
+from art_saliency.cli._common import refuse_unused
+
+_SHORT = ("What it does", "Hyper-parameters", "Known weaknesses", "Cost")
+"""The beginnings of the headings of the sections that are shown without ``--all``."""
 
 
 def add_parser(commands: Any) -> None:
@@ -11,12 +17,18 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "methods",
         help="list the methods, or show the card of one",
-        description="Lists the training methods, or shows one's card: when to use it, how, what it costs, and its known weaknesses.",
-        epilog="Examples:\n  art-saliency methods\n  art-saliency methods aalp",
+        description="Lists the training methods, or shows what to know of one: when to use it, its parameters, its known weaknesses, what it "
+        "costs, and how it stands beside its baselines.",
+        epilog="Examples:\n  art-saliency methods\n  art-saliency methods aalp\n  art-saliency methods aalp --all",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("name", nargs="?", metavar="METHOD", help="whose card to show")
-    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="the whole card: also how to use it in Python, what of it is the paper's, every stored run, and sources",
+    )
+    parser.set_defaults(run=run, default=parser.get_default)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from art_saliency.trainers.methods import TRAINERS
 
     if args.name is None:
+        refuse_unused(args, ["all"], "without a METHOD")
         rows = [
             (name, trainer.__name__, _first_sentence(trainer), f"art-saliency methods {name}" if card(name) else "")
             for name, trainer in TRAINERS.items()
@@ -34,7 +47,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     name = _checks.one_of("METHOD", args.name, TRAINERS)
     trainer = TRAINERS[name]
-    print(card(name) or f"{name} ({trainer.__name__}) is a baseline without a card: {_first_sentence(trainer)}.")
+    page = card(name)
+    if page is None:
+        print(f"{name} ({trainer.__name__}) is a baseline without a card: {_first_sentence(trainer)}.")
+    else:
+        print(page if args.all else f"{in_short(page)}\nThe whole card: art-saliency methods {name} --all")
     return 0
 
 
@@ -44,6 +61,23 @@ def card(name: str) -> str | None:
 
     page = files("art_saliency") / "methods" / f"{name.replace('-', '_')}.md"
     return page.read_text(encoding="utf-8") if page.is_file() else None
+
+
+def in_short(page: str) -> str:
+    """
+    The part of a card that a choice is made by.
+
+    :param page: The card. :return: What it does, parameters, weaknesses and cost; and of the stored runs the arms of the first table that were
+        trained as they come.
+    """
+    first, *sections = re.split(r"^(?=##+ )", page, flags=re.MULTILINE)
+    by_heading = {section.lstrip("# ").partition("\n")[0]: section for section in sections}
+    shown = [section for words in _SHORT for heading, section in by_heading.items() if heading.startswith(words)]
+    runs = by_heading.get("Stored runs", "")
+    if table := re.search(r"^\*\*.*?\n\n(?:\|.*\n)+", runs, re.MULTILINE):
+        plain = [line for line in table[0].splitlines() if not re.match(r"\| [^|]*:[^|]* \|", line)]
+        shown.append("## Measured, in short\n\n" + "\n".join(plain) + "\n")
+    return first + "".join(shown)
 
 
 def _first_sentence(trainer: type) -> str:
