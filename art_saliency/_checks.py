@@ -18,6 +18,9 @@ from art_saliency.errors import InputError, MissingDependencyError, UnknownOptio
 
 _T = TypeVar("_T")
 _GREATEST_SEED = 2**63 - 1
+GREATEST = 1e9
+"""Of weights and lengths: Adam squares gradients in float32, which overflows beyond 1e19; then nothing is learned, and nothing says so."""
+
 _CHUNK = 1 << 22  # elements looked at in one go, so that checking a large array takes little memory
 
 
@@ -68,6 +71,11 @@ def real(
     ):
         raise refuse(name, _shown(float(value)), expected, remedy)
     return float(value)
+
+
+def weight(name: str, value: Any) -> float:
+    """Check the weight of a term of a loss. :return: It, as a float."""
+    return real(name, value, least=0, most=GREATEST)
 
 
 def whole(name: str, value: Any, *, least: int = 0, most: int | None = None, remedy: str = "") -> int:

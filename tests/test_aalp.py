@@ -145,7 +145,7 @@ def test_map_pooled_map_and_penultimate_vector_are_one_guided_layer(own):
 @pytest.mark.parametrize("order", [["2", "5"], ["5", "2"]])
 def test_several_layers_are_masked_each_by_its_own_contributions(order):
     model, data = relu_network(norm=False), batch()
-    objective = AALP(eps=EPS, max_iter=0, layer=order, rate=0.5, branches="both")
+    objective = AALP(eps=EPS, layer=order, rate=0.5, branches="both")
     masks, _ = objective._masks(model, data, data.x, 0.5)
     for name in ("2", "5"):
         ranked = contributions(model, data.x, data.y, layer=name)
@@ -350,7 +350,7 @@ def test_the_guided_layer_is_found_and_the_mask_reaches_the_logits(kind):
     assert float(ranked.abs().max()) > 0
     seen = []
     handle = model.register_forward_hook(lambda net, _, output: seen.append(output) if len(output) == 12 else None)
-    AALP(eps=EPS, max_iter=0, random_start=False, attack=lambda net, x, y: x, rate=0.6)(model, data)
+    AALP(eps=EPS, attack=lambda net, x, y: x, rate=0.6)(model, data)
     handle.remove()
     masked, unmasked = seen[-1].split(6)
     torch.testing.assert_close(unmasked, clean)  # the adversarial half, here the clean images themselves

@@ -327,6 +327,10 @@ WRONG = {
     "data": (["train", "pgd-at", "--eps", "0.1", "--out", "OUT", "--data", "digit"], "did you mean 'digits'"),
     "file": (["train", "pgd-at", "--eps", "0.1", "--out", "OUT", "--data", "nowhere.npz"], "nowhere.npz"),
     "eps": (["train", "pgd-at", "--eps", "8", "--out", "OUT"], "eps: got 8, expected 0 <= eps <= 1"),
+    "no step": (
+        ["train", "pgd-at", "--eps", "0.1", "--set", "max_iter=0", "--out", "OUT"],
+        "max_iter: got 0, expected a whole number, 1 <= max_iter <= 10000; without a step nothing is attacked",
+    ),
     "setting": (["train", "pgd-at", "--eps", "0.1", "--set", "rho=1", "--out", "OUT"], "unknown keyword 'rho'"),
     "a layer's setting": (
         ["train", "fsr", "--eps", "0.1", "--set", "aux_warmup=1", "--out", "OUT"],

@@ -283,12 +283,14 @@ class AdvGSCT(Objective):
         super().__init__()
         self.threat = ThreatModel(norm, eps)
         self.eps, self.norm = self.threat.eps, norm
-        self.eps_step = eps_step if eps_step is None else _checks.real("eps_step", eps_step, least=0)
+        self.eps_step = (
+            eps_step if eps_step is None else _checks.real("eps_step", eps_step, least=0, most=_checks.GREATEST)
+        )
         self.rho = _checks.real("rho", rho, least=0, most=1)
-        self.consensus = _checks.real("consensus", consensus, least=0)
-        self.l2_consensus = _checks.real("l2_consensus", l2_consensus, least=0)
-        self.prediction_consensus = _checks.real("prediction_consensus", prediction_consensus, least=0)
-        self.linearity = _checks.real("linearity", linearity, least=0)
+        self.consensus = _checks.weight("consensus", consensus)
+        self.l2_consensus = _checks.weight("l2_consensus", l2_consensus)
+        self.prediction_consensus = _checks.weight("prediction_consensus", prediction_consensus)
+        self.linearity = _checks.weight("linearity", linearity)
         self.warmup_share = _checks.real("warmup_share", warmup_share, least=0, most=1)
         self.eps_warmup_share = _checks.real("eps_warmup_share", eps_warmup_share, least=0, most=1)
         self.saliency, self._score = saliency, _checks.function("saliency", saliency, SALIENCIES)
@@ -305,7 +307,7 @@ class AdvGSCT(Objective):
             )
         self.form = _checks.one_of("form", form, ("double-backward", "finite-difference"))
         self.full_float32 = form == "finite-difference"
-        self.h = _checks.real("h", h, above=0)
+        self.h = _checks.real("h", h, above=0, most=1)
         if form == "finite-difference":
             for name in ("l2_consensus", "linearity"):
                 if getattr(self, name):

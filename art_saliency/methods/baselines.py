@@ -203,6 +203,9 @@ class Standard(Objective):
         return LossTerms(loss, logits, {"ce_clean": loss.detach()})
 
 
+_MOST_STEPS = 10_000  # of an attack in training: with more than that no epoch would end
+
+
 class _CommonOptions(TypedDict, total=False):
     eps: float
     norm: str
@@ -234,7 +237,7 @@ class AdversarialObjective(Objective):
     :param eps: The radius, in pixel units of [0, 1]; 0 trains on clean images.
     :param norm: ``"Linf"`` or ``"L2"``.
     :param eps_step: Length of an attack step in pixel units of [0, 1]; ``None`` is 2.5 * eps / max_iter.
-    :param max_iter: Attack steps.
+    :param max_iter: Attack steps, at least 1.
     :param random_start: Whether the attack starts at a random point of the ball.
     :param attack: (model, x, y) -> x_adv in place of PGD; the result is projected into the threat model. A callable, so it
         does not serialise.
@@ -256,8 +259,12 @@ class AdversarialObjective(Objective):
         super().__init__()
         self.threat = ThreatModel(norm, eps)
         self.eps, self.norm = self.threat.eps, norm
-        self.eps_step = None if eps_step is None else _checks.real("eps_step", eps_step, least=0)
-        self.max_iter = _checks.whole("max_iter", max_iter)
+        self.eps_step = eps_step
+        if eps_step is not None:
+            remedy = "eps=0 trains on clean images"
+            self.eps_step = _checks.real("eps_step", eps_step, above=0, most=_checks.GREATEST, remedy=remedy)
+        remedy = "without a step nothing is attacked; eps=0 trains on clean images"
+        self.max_iter = _checks.whole("max_iter", max_iter, least=1, most=_MOST_STEPS, remedy=remedy)
         self.random_start = _checks.flag("random_start", random_start)
         if attack is not None and not callable(attack):
             raise _checks.refuse("attack", repr(attack), "a callable (model, x, y) -> x_adv, or None for PGD")
@@ -392,7 +399,7 @@ class TRADES(AdversarialObjective):
         **options: Unpack[StartlessOptions],
     ) -> None:
         super().__init__(**options)
-        self.beta = _checks.real("beta", beta, least=0)
+        self.beta = _checks.weight("beta", beta)
         self.label_smoothing = _checks.real("label_smoothing", label_smoothing, least=0, below=1)
 
     def maximise(self, model: nn.Module, batch: Batch, threat: ThreatModel, eps_step: float | None) -> Tensor:
@@ -439,7 +446,7 @@ class MART(AdversarialObjective):
         **options: Unpack[AttackOptions],
     ) -> None:
         super().__init__(**options)
-        self.lam = _checks.real("lam", lam, least=0)
+        self.lam = _checks.weight("lam", lam)
 
     def forward(self, model: nn.Module, batch: Batch) -> LossTerms:
         """:return: :func:`mart_loss`, the adversarial logits, ``bce_adv`` and ``doubted_kl``."""
@@ -474,7 +481,7 @@ class ALP(AdversarialObjective):
         **options: Unpack[AttackOptions],
     ) -> None:
         super().__init__(**options)
-        self.lam = _checks.real("lam", lam, least=0)
+        self.lam = _checks.weight("lam", lam)
         self.clean_weight = _checks.real("clean_weight", clean_weight, least=0, most=1)
         self.label_smoothing = _checks.real("label_smoothing", label_smoothing, least=0, below=1)
 

@@ -284,8 +284,8 @@ class JSIGR(Objective):
         self.threat = None if eps is None else ThreatModel(norm, eps)
         self.eps, self.norm = None if self.threat is None else self.threat.eps, _checks.one_of("norm", norm, NORMS)
         self.jacobian = _checks.one_of("jacobian", jacobian, JACOBIAN)
-        self.lambda_j = JACOBIAN[jacobian].lambda_j if lambda_j is None else _checks.real("lambda_j", lambda_j, least=0)
-        self.lambda_s = _checks.real("lambda_s", lambda_s, least=0)
+        self.lambda_j = JACOBIAN[jacobian].lambda_j if lambda_j is None else _checks.weight("lambda_j", lambda_j)
+        self.lambda_s = _checks.weight("lambda_s", lambda_s)
         self.penalty = _checks.one_of("penalty", penalty, PENALTIES)
         if penalty == "dual" and eps is None:
             raise _checks.refuse("eps", None, "a radius, which weighs the dual norm", "or say penalty='squared'")
@@ -296,7 +296,9 @@ class JSIGR(Objective):
         if jacobian == "in-margin" and directions != "margin":
             got = f"{directions!r}, which has no margin"
             raise _checks.refuse("directions", got, "'margin'", "or say jacobian='added'")
-        self.projections = None if projections is None else _checks.whole("projections", projections, least=1)
+        self.projections = (
+            None if projections is None else _checks.whole("projections", projections, least=1, most=10_000)
+        )
         if projections is None and directions == "sphere" and penalty == "dual":
             remedy = "say penalty='squared' or directions='margin'"
             raise _checks.refuse(
@@ -305,9 +307,9 @@ class JSIGR(Objective):
         self.selective_on = _checks.one_of("selective_on", selective_on, (_OWN, *SELECTIVE_SCORES))
         self.saliency_share = _checks.real("saliency_share", saliency_share, least=0, most=1)
         self.saliency_score = _checks.one_of("saliency_score", saliency_score, SCORES)
-        self.saliency_stride = _positive("saliency_stride", saliency_stride)
-        self.saliency_sigma = _positive("saliency_sigma", saliency_sigma)
-        self.saliency_radius = _positive("saliency_radius", saliency_radius)
+        self.saliency_stride = _pixels("saliency_stride", saliency_stride)
+        self.saliency_sigma = _pixels("saliency_sigma", saliency_sigma)
+        self.saliency_radius = _pixels("saliency_radius", saliency_radius)
         self.warmup_share = _checks.real("warmup_share", warmup_share, least=0, most=1)
         self.form = _checks.one_of("form", form, ("double-backward", "finite-difference"))
         self.full_float32 = form == "finite-difference"
@@ -538,5 +540,5 @@ def _mean_length(rows: Tensor) -> Tensor:
     return length
 
 
-def _positive(name: str, value: float | None) -> float | None:
-    return None if value is None else _checks.real(name, value, above=0)
+def _pixels(name: str, value: float | None) -> float | None:
+    return None if value is None else _checks.real(name, value, above=0, most=10_000)
