@@ -12,9 +12,9 @@ from art.defences.trainer import AdversarialTrainerMadryPGD
 from art.estimators.classification import PyTorchClassifier
 
 from art_saliency import FSRLoss, autoattack, build_network, insert_fsr, load_data
-from art_saliency.cli import fraction
 from art_saliency.data import to_unit
 from art_saliency.networks import default_network
+from art_saliency.words import fraction
 
 
 def main() -> None:

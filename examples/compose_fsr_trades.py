@@ -10,8 +10,8 @@ import torch
 from art.estimators.classification import PyTorchClassifier
 
 from art_saliency import FSRTrainer, autoattack, build_network, load_data
-from art_saliency.cli import fraction
 from art_saliency.networks import default_network
+from art_saliency.words import fraction
 
 
 def main() -> None:

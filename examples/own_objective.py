@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from art_saliency import autoattack, build_network, load_data
-from art_saliency.cli import fraction
 from art_saliency.gradients import input_gradient
 from art_saliency.methods.base import Batch, LossTerms, Objective
 from art_saliency.networks import default_network
 from art_saliency.threat import ThreatModel
 from art_saliency.trainers.base import ObjectiveTrainer
+from art_saliency.words import fraction
 
 
 class DoubleBackpropagation(Objective):

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 from art_saliency._version import __version__
 from art_saliency.cli import bench, compare, evaluate, explain, export, methods, quickstart, train, verify
-from art_saliency.cli._common import check_seed, fraction
+from art_saliency.cli._common import check_seed
 from art_saliency.cli._parser import CommandParser
 from art_saliency.errors import ArtSaliencyError, TrainingInterrupted
 
-__all__ = ["fraction", "main", "make_parser"]
+__all__ = ["main", "make_parser"]
 
 _COMMANDS = (quickstart, train, evaluate, explain, compare, methods, export, verify, bench)
 
