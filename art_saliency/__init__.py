@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         StandardTrainer,
         TRADESTrainer,
     )
+    from art_saliency.trainers.network import network_of
     from art_saliency.trainers.runs import load, save
 
 _HOME = {
@@ -75,6 +76,7 @@ _HOME = {
     "load": "trainers.runs",
     "load_data": "data",
     "load_robustbench": "robustbench.zoo",
+    "network_of": "trainers.network",
     "pgd_accuracy": "evaluation.accuracy",
     "remove_fsr": "methods.fsr",
     "saliency_report": "evaluation.saliency",
@@ -113,6 +115,7 @@ __all__ = [
     "load",
     "load_data",
     "load_robustbench",
+    "network_of",
     "pgd_accuracy",
     "remove_fsr",
     "saliency_report",

@@ -217,6 +217,7 @@ def images(
         raise refuse(name, f"dtype {tensor.dtype}", "real numbers")
     if allow_uint8 and tensor.dtype == torch.uint8:
         return tensor
+    brightest = 0.0
     for start in range(0, len(tensor), step := max(1, _CHUNK // max(1, tensor[0].numel()))):
         chunk = tensor[start : start + step]
         if chunk.is_floating_point() and not bool(torch.isfinite(chunk).all()):
@@ -232,6 +233,13 @@ def images(
                 f"values in [{_shown(low)}, {_shown(high)}]",
             )
             raise refuse(name, got, expected, hint)
+        brightest = max(brightest, most)
+    if (low, high) == (0.0, 255.0) and 0 < brightest <= 1:
+        got, remedy = (
+            f"values up to {_shown(brightest)}",
+            "multiply them by 255, or make the classifier with clip_values=(0, 1)",
+        )
+        raise refuse(name, got, "values up to 255", remedy)
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 

@@ -73,6 +73,11 @@ def second_derivatives(needed: bool = True) -> Iterator[None]:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     except RuntimeError as error:
+        if re.search("donated buffer|does not currently support double backward", str(error)):
+            raise UnsupportedModelError(
+                "model: got a network of torch.compile, whose backward pass has no derivative, expected the network that it was made of "
+                "for a method with input gradients in its loss; or take a method without them"
+            ) from error
         missing = re.search(r"derivative for (?:aten::)?_?(\w+?)_backward is not implemented", str(error))
         if missing is None:
             raise

@@ -29,7 +29,7 @@ from art_saliency.architectures import (
 )
 from art_saliency.errors import ArtSaliencyError, UnsupportedModelError
 from art_saliency.gradients import input_gradient
-from art_saliency.modes import evaluating
+from art_saliency.modes import evaluating, modes_kept
 
 if TYPE_CHECKING:
     from art.estimators.classification import PyTorchClassifier
@@ -47,6 +47,7 @@ __all__ = [
     "check_network",
     "copy_of",
     "default_network",
+    "own_logits",
     "pixel_range",
 ]
 
@@ -279,6 +280,25 @@ def pixel_range(classifier: PyTorchClassifier) -> tuple[float, float]:
     if len(low) != 1 or len(high) != 1 or low[0] >= high[0]:
         raise _checks.refuse("clip_values", str(classifier.clip_values), "one least and one greatest pixel value")
     return float(low[0]), float(high[0])
+
+
+def own_logits(model: PyTorchClassifier | nn.Module, x: Tensor) -> Tensor:
+    """
+    What the user's classifier itself says of images: the truth that everything made of it is measured against.
+
+    :param model: A classifier with ``clip_values``, or a network on [0, 1]; its modes are kept.
+    :param x: (N, C, H, W) in [0, 1], on the CPU.
+    :return: (N, K) on the CPU.
+    """
+    if isinstance(model, nn.Module):
+        with evaluating(model), torch.no_grad():
+            like = next((p for p in model.parameters()), x)
+            logits: Tensor = model(x.to(like.device))
+            return logits.cpu()
+    low, high = pixel_range(model)
+    scaled = x.numpy() if (low, high) == (0.0, 1.0) else x.numpy() * np.float32(high - low) + np.float32(low)
+    with modes_kept(model.model), torch.no_grad():
+        return torch.from_numpy(np.asarray(model.predict(scaled, batch_size=len(x))))
 
 
 def art_device_type(device: torch.device | str) -> str:

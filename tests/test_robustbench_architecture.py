@@ -21,8 +21,9 @@ from art_saliency import autoattack, build_network, insert_fsr
 from art_saliency.errors import ArtSaliencyError, InputError, UnsupportedModelError
 from art_saliency.files import sha256_of_tensors
 from art_saliency.methods.adapter import insert_adapter
+from art_saliency.networks import own_logits
 from art_saliency.robustbench.architecture import architectures_of
-from art_saliency.robustbench.deployable import clean_key, deployable, own_logits
+from art_saliency.robustbench.deployable import clean_key, deployable
 from art_saliency.robustbench.rules import probe_images
 from art_saliency.robustbench.user_source import UserSource, import_problems
 from art_saliency.robustbench.writing import identifier

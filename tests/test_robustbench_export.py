@@ -32,10 +32,10 @@ from art_saliency.errors import CheckpointError, InputError, MissingDependencyEr
 from art_saliency.evaluation.accuracy import binomial_interval
 from art_saliency.files import read_tensors, sha256_of_file, sha256_of_tensors
 from art_saliency.modes import tensor_float32
+from art_saliency.networks import own_logits
 from art_saliency.robustbench import export
 from art_saliency.robustbench.benchmark import compared
 from art_saliency.robustbench.bundle import SUMS
-from art_saliency.robustbench.deployable import own_logits
 from art_saliency.robustbench.fresh import _execute
 from art_saliency.robustbench.proof import TOLERANCE, load_problems, make_job, prove
 from art_saliency.trainers.runs import make_classifier, save

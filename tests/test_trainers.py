@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from art.attacks.evasion import FastGradientMethod, ProjectedGradientDescent
+from art.attacks.evasion import AutoAttack, FastGradientMethod, ProjectedGradientDescent, SquareAttack
 from art.data_generators import DataGenerator, NumpyDataGenerator, PyTorchDataGenerator
 from art.defences.preprocessor import GaussianAugmentation, JpegCompression
 from art.defences.trainer import AdversarialTrainerMadryPGD, Trainer
@@ -1028,3 +1028,143 @@ def test_the_fsr_layers_weights_get_names_of_their_own_in_an_optimizer_of_names(
     assert len(added["params"]) == len(added["param_names"])
     assert all(name.startswith("features.fsr.") for name in added["param_names"])
     assert not set(first["param_names"]) & set(added["param_names"])
+
+
+# --- what would be trained or measured as something else, silently --------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_rate_that_is_a_tensor_gives_the_run_of_the_number(kind, digits):
+    x, y, found = digits[0][:64], digits[1][:64], []
+    for rate in (0.01, torch.tensor(0.01)):
+        art_classifier = classifier(
+            smooth := nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.SiLU(), nn.Linear(16, 10))
+        )
+        art_classifier._optimizer = kind(smooth.parameters(), lr=rate)
+        trainer = JSIGRTrainer(art_classifier, eps=0.1)  # whose teacher gets an optimizer of the same kind
+        trainer.fit(x, y, **QUICK)
+        found.append(weights(art_classifier.model))
+        assert float(art_classifier.optimizer.param_groups[0]["lr"]) == pytest.approx(0.01)
+        assert trainer.history[-1]["lr"] == pytest.approx(0.01)
+    for name in found[0]:
+        assert torch.allclose(found[0][name], found[1][name], atol=1e-5), name
+
+
+class _ShiftedSequential(nn.Sequential):
+    def forward(self, x):
+        return super().forward((x - 0.5) / 0.25)
+
+
+def test_a_classifier_that_predicts_with_another_function_than_its_model_is_refused(digits):
+    x, y = digits[0][:64], digits[1][:64]
+    hooked = small_network()
+    hooked.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+    for model in (_ShiftedSequential(nn.Flatten(), nn.Linear(64, 10)), hooked):
+        art_classifier = classifier(model)
+        before, modes = weights(model), [module.training for module in model.modules()]
+        with pytest.raises(
+            UnsupportedModelError, match=r"differ by .* ART calls the parts one by one, past its own fo"
+        ):
+            PGDATTrainer(art_classifier, eps=0.1).fit(x, y, **QUICK)
+        assert same(before, weights(model))
+        assert [module.training for module in model.modules()] == modes
+    wrapped = nn.Module()
+    wrapped.body, wrapped.forward = hooked, lambda x: wrapped.body(x)
+    PGDATTrainer(classifier(wrapped), eps=0.1, max_iter=1).fit(x, y, **QUICK)  # the cure
+    noisy = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    noisy[0].register_forward_hook(lambda module, inputs, out: out + torch.rand_like(out))
+    PGDATTrainer(classifier(noisy), eps=0.1, max_iter=1).fit(x, y, **QUICK)  # noise is no other function
+
+
+def test_network_of_a_classifier_is_the_function_that_it_predicts_with(digits):
+    x = digits[0][:16]
+    for options in ({}, {"clip_values": (0.0, 255.0)}, {"clip_values": (-1.0, 1.0), "preprocessing": (0.3, 0.37)}):
+        art_classifier = classifier(**options)
+        low, high = options.get("clip_values", (0.0, 1.0))
+        network = art_saliency.network_of(art_classifier)
+        with torch.no_grad():
+            logits = network.eval()(x)
+        predicted = torch.from_numpy(art_classifier.predict((x * (high - low) + low).numpy()))
+        assert torch.allclose(logits, predicted, atol=1e-4 * float(predicted.abs().max()))
+        assert (network is art_classifier.model) == (not options)
+        assert {p.data_ptr() for p in network.parameters()} == {p.data_ptr() for p in art_classifier.model.parameters()}
+    with pytest.raises(InputError, match=r"got a PyTorchClassifier, .*; pass art_saliency.network_of\(classifier\)"):
+        art_saliency.accuracy(classifier(), x, digits[1][:16])
+    with pytest.raises(UnsupportedModelError, match="preprocessing: got JpegCompression"):
+        art_saliency.network_of(
+            classifier(preprocessing_defences=JpegCompression(clip_values=(0, 1), channels_first=True))
+        )
+
+
+def test_pixels_and_radii_of_another_range_are_told(digits):
+    x, y = digits[0][:64], digits[1][:64]
+    art_classifier = classifier(clip_values=(0.0, 255.0))
+    with pytest.raises(InputError, match="x: got values up to 1, expected values up to 255; multiply them by 255"):
+        PGDATTrainer(art_classifier, eps=25).fit(x, y, **QUICK)
+    PGDATTrainer(art_classifier, eps=25, max_iter=1).predict(torch.zeros_like(x))  # black images are black
+    with pytest.warns(
+        NoEffectWarning, match=r"eps: got 0.03137 where pixels range over 255.* eps=8 is what 0.03137 is"
+    ):
+        PGDATTrainer(art_classifier, eps=8 / 255)
+    PGDATTrainer(art_classifier, eps=0.5)
+    PGDATTrainer(classifier(), eps=1e-4)
+
+
+@pytest.mark.parametrize("make", [SquareAttack, AutoAttack])
+def test_attacks_that_arts_own_words_for_recurse_train_too(make, digits):
+    art_classifier = classifier()
+    attack = make(art_classifier, eps=0.1)
+    trainer = PGDATTrainer(art_classifier, eps=0.1, attack=attack)
+    assert trainer.config()["attack"]["callable"] == make.__name__
+    assert json.dumps(trainer.config())
+    if make is SquareAttack:
+        attack.max_iter, attack.verbose = 2, False
+        trainer.fit(digits[0][:32], digits[1][:32], **QUICK)
+    else:
+        assert len(trainer.config()["attack"]["attacks"]) == len(attack.attacks)
+
+
+def test_a_scheduler_that_does_not_fit_the_epochs_is_refused_or_told(digits):
+    x, y = digits[0][:64], digits[1][:64]
+
+    def fit(make, epochs):
+        art_classifier = classifier()
+        scheduler = make(art_classifier.optimizer)
+        PGDATTrainer(art_classifier, eps=0.1, max_iter=1).fit(
+            x, y, **{**QUICK, "nb_epochs": epochs, "scheduler": scheduler}
+        )
+
+    def cycle(optimizer):
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=3)
+
+    fit(cycle, 3)
+    with pytest.warns(
+        NoEffectWarning, match="OneCycleLR with 3 steps left, expected 2, as many as epochs; a scheduler"
+    ):
+        fit(cycle, 2)
+    with pytest.raises(InputError, match="OneCycleLR with 3 steps left, expected 4"):
+        fit(cycle, 4)
+    with pytest.raises(InputError, match="ReduceLROnPlateau of mode 'max', expected mode 'min'"):
+        fit(lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max"), 1)
+
+
+def test_an_optimizer_that_wants_a_closure_is_refused_before_training(digits):
+    model = small_network()
+    art_classifier = classifier(model, optimizer=torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(InputError, match="optimizer: got LBFGS, which computes the loss several times a step"):
+        PGDATTrainer(art_classifier, eps=0.1).fit(digits[0][:64], digits[1][:64], **QUICK)
+
+
+def test_a_compiled_network_is_refused_by_methods_with_input_gradients_in_their_loss(digits):
+    x, y = digits[0][:64], digits[1][:64]
+    model = small_network()
+    art_classifier = classifier(torch.compile(model, backend="aot_eager"))
+    with pytest.raises(UnsupportedModelError, match=r"network of torch.compile, whose backward pass has no derivative"):
+        AdvGSCTTrainer(art_classifier, eps=0.1).fit(x, y, **QUICK)
+    PGDATTrainer(art_classifier, eps=0.1, max_iter=1).fit(x, y, **QUICK)
+
+
+def test_a_copied_trainer_trains_the_network_of_its_own_classifier(digits):
+    trainer = copy.deepcopy(PGDATTrainer(classifier(), eps=0.1, max_iter=1))
+    trainer.fit(digits[0][:64], digits[1][:64], **QUICK)
+    assert trainer._network.network is trainer.get_classifier().model

@@ -18,7 +18,7 @@ def a_network(model: object) -> nn.Module:
     """:return: It, when it is a network; a classifier around one, such as ART's, is refused with the cure."""
     if not isinstance(model, nn.Module):
         inside = isinstance(getattr(model, "model", None), nn.Module)
-        remedy = "pass classifier.model, which must take images in [0, 1]" if inside else ""
+        remedy = "pass art_saliency.network_of(classifier), with images in [0, 1]" if inside else ""
         raise _checks.refuse("model", f"a {type(model).__name__}", "a torch.nn.Module", remedy)
     return model
 

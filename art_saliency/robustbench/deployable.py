@@ -15,12 +15,11 @@ from art_saliency.errors import UnsupportedModelError
 from art_saliency.files import sha256_of_tensors
 from art_saliency.methods.fsr import drop_auxiliary_heads
 from art_saliency.methods.surgery import inserted
-from art_saliency.modes import modes_kept
 from art_saliency.networks import copy_of, pixel_range
 from art_saliency.robustbench.rules import Violation, refusal
 from art_saliency.robustbench.standalone import normalise_input
 
-__all__ = ["Deployable", "clean_key", "deployable", "foreign_steps", "own_logits", "taken_out"]
+__all__ = ["Deployable", "clean_key", "deployable", "foreign_steps", "taken_out"]
 
 
 @dataclass(frozen=True)
@@ -158,22 +157,3 @@ def _bake(network: nn.Module, mean: np.ndarray, std: np.ndarray) -> tuple[str, s
     for name, value in zip(names, buffers, strict=True):  # this package's networks look for mu and sigma by themselves
         network.register_buffer(name, value)
     return names
-
-
-def own_logits(model: PyTorchClassifier | nn.Module, x: Tensor) -> Tensor:
-    """
-    What the user's classifier itself says of images: the truth that every copy is measured against.
-
-    :param model: As for :func:`deployable`; its modes are kept.
-    :param x: (N, C, H, W) in [0, 1].
-    :return: (N, K) on the CPU.
-    """
-    network = model.model if isinstance(model, PyTorchClassifier) else model
-    with modes_kept(network), torch.no_grad():
-        if isinstance(model, PyTorchClassifier):
-            low, high = pixel_range(model)
-            scaled = x.numpy() if (low, high) == (0.0, 1.0) else x.numpy() * np.float32(high - low) + np.float32(low)
-            return torch.from_numpy(np.asarray(model.predict(scaled, batch_size=len(x))))
-        like = next((p for p in network.parameters()), x)
-        logits: Tensor = network.eval()(x.to(like.device))
-        return logits.cpu()

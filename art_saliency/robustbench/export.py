@@ -18,9 +18,10 @@ from art_saliency.errors import UnsupportedModelError
 from art_saliency.evaluation.autoattack import AutoAttackResult
 from art_saliency.files import write_tensors
 from art_saliency.modes import full_float32
+from art_saliency.networks import own_logits
 from art_saliency.robustbench.architecture import architectures_of
 from art_saliency.robustbench.bundle import SCHEMA, Layout, check_place, sealed, write_json, write_text
-from art_saliency.robustbench.deployable import Deployable, foreign_steps, own_logits, taken_out
+from art_saliency.robustbench.deployable import Deployable, foreign_steps, taken_out
 from art_saliency.robustbench.evidence import Evidence, autoattack_log, gather, partial_note, spread
 from art_saliency.robustbench.model_info import (
     Board,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from art_saliency import _checks
 from art_saliency._batch_sizes import batches_in, too_few
 from art_saliency.data import held_out_count, stratified_split, to_unit
-from art_saliency.errors import UnsupportedModelError
+from art_saliency.errors import NoEffectWarning, UnsupportedModelError
 from art_saliency.methods.base import Objective
 from art_saliency.modes import channels_last
 from art_saliency.threat import ThreatModel
@@ -39,6 +40,7 @@ from art_saliency.training.schedules import Schedule
 
 __all__ = ["ObjectiveTrainer"]
 
+_LEAST_EPS = 1e-3  # of the pixel range: a radius below it is one of another range, such as 8/255 where pixels go to 255
 _SILENT = ("verbose", "summary_writer")  # parameters of ART's attacks that change nothing in what they find
 
 
@@ -142,7 +144,15 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
     def _to_unit(self, objective: type[Objective], name: str, value: Any, linf: bool) -> Any:
         span = self._network.high - self._network.low
         if name in objective.pixel_units and value is not None and span != 1:
-            return _checks.real(name, value, least=0, most=span if name == "eps" and linf else None) / span
+            found = _checks.real(name, value, least=0, most=span if name == "eps" and linf else None) / span
+            if name == "eps" and 0 < found < _LEAST_EPS:
+                warnings.warn(
+                    f"eps: got {value:.4g} where pixels range over {span:g}, expected more than a thousandth of that: distances are in the "
+                    f"units of clip_values; eps={value * span:.4g} is what {value:.4g} is of a range of 1",
+                    NoEffectWarning,
+                    stacklevel=5,
+                )
+            return found
         if name == "attack" and hasattr(value, "generate"):
             return _art_attack(value, self._network)
         return value
@@ -387,7 +397,7 @@ class ObjectiveTrainer(Trainer):  # type: ignore[misc]
         self._network.read(self._classifier)
         batch_size = _checks.whole("batch_size", batch_size, least=1)
         nb_epochs = _checks.whole("nb_epochs", nb_epochs, least=1)
-        Schedule.checked(scheduler)
+        Schedule.checked(scheduler, nb_epochs)
         known = scheduler is None or isinstance(scheduler, str) or hasattr(scheduler, "state_dict")
         if options.checkpoint_dir is not None and not known:
             got = f"{type(scheduler).__name__} without state_dict()"

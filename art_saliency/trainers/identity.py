@@ -104,7 +104,14 @@ def word(value: Any) -> Any:
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
         digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
         return f"{array.dtype} {array.shape} {array.ravel()[:3].tolist()} {digest}"
-    return value if isinstance(value, _PLAIN) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    if isinstance(value, _PLAIN):
+        return value
+    try:
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+    except RecursionError:  # of some of ART's attacks, which show a method of their own as a part of themselves
+        if isinstance(value, (list, tuple)):
+            return [word(part) for part in value]
+        return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def _network(network: nn.Module) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,18 @@ from torch.optim import Optimizer
 
 from art_saliency import _checks
 from art_saliency.errors import NoEffectWarning, UnsupportedModelError
-from art_saliency.modes import side_pass, training
-from art_saliency.networks import check_network, pixel_range
+from art_saliency.modes import evaluating, side_pass, training
+from art_saliency.networks import check_network, own_logits, pixel_range
 from art_saliency.randomness import global_generators_kept
 
-__all__ = ["ClassifierNetwork", "check_optimizer", "check_train_mode", "check_trainable", "optimizer_settings"]
+__all__ = [
+    "ClassifierNetwork",
+    "check_optimizer",
+    "check_train_mode",
+    "check_trainable",
+    "network_of",
+    "optimizer_settings",
+]
 
 
 class ClassifierNetwork(nn.Module):
@@ -50,6 +58,7 @@ class ClassifierNetwork(nn.Module):
         if (now := pixel_range(classifier)) != (self.low, self.high):
             got = f"{now}, which were ({self.low:g}, {self.high:g})"
             raise _checks.refuse("clip_values", got, "those of before", "make a new trainer of the classifier")
+        self.network = classifier.model  # a copy of a trainer has another
         steps = [step for step in classifier.preprocessing_operations if not _is_identity(step)]
         for step in steps:
             if not isinstance(step, PreprocessorPyTorch):
@@ -75,6 +84,22 @@ class ClassifierNetwork(nn.Module):
         return logits
 
 
+def network_of(classifier: PyTorchClassifier) -> nn.Module:
+    """
+    The network that a classifier is: what AutoAttack, the audit and every other evaluation of this package take.
+
+    :param classifier: With ``clip_values``. :return: Maps images (N, C, H, W) in [0, 1] to logits (N, K). It shares the classifier's
+        weights: the very ``classifier.model`` where images reach it as they are, else a wrapper that brings them to the pixel range
+        and through the preprocessing first.
+    :raises UnsupportedModelError: When a preprocessing or postprocessing defence has no gradient; it is named.
+    """
+    network = ClassifierNetwork(classifier)
+    if (network.low, network.high) == (0.0, 1.0) and not network.steps:
+        return network.network
+    network.training = network.network.training
+    return network
+
+
 def _is_identity(step: Any) -> bool:
     """ART puts a standardisation by mean 0 and deviation 1 into every classifier."""
     mean, std = getattr(step, "mean", None), getattr(step, "std", None)
@@ -86,8 +111,8 @@ def check_trainable(network: ClassifierNetwork, classifier: PyTorchClassifier) -
     Try the network on one batch before any work starts, in eval mode, leaving weights, gradients and modes alone.
 
     :return: The batch: two images in [0, 1].
-    :raises UnsupportedModelError: When it does not compute in float32, does not give differentiable (N, K) logits, or preprocessing
-        changes the batch.
+    :raises UnsupportedModelError: When it does not compute in float32, does not give differentiable (N, K) logits, preprocessing
+        changes the batch, or the classifier predicts with another function.
     :raises InputError: When the classifier has no optimizer, or is not one of images with channels first.
     """
     if torch.is_inference_mode_enabled():
@@ -126,21 +151,54 @@ def check_trainable(network: ClassifierNetwork, classifier: PyTorchClassifier) -
                 f"changes pixels only; train without it"
             )
     check_network(network, classifier.input_shape, classifier.nb_classes)
+    _check_same_function(network, classifier, x)
     return x
 
 
+def _check_same_function(network: ClassifierNetwork, classifier: PyTorchClassifier, x: Tensor) -> None:
+    """Refuse a classifier that would be trained as another function than the one that it predicts with."""
+
+    def logits(seed: int) -> Tensor:
+        with evaluating(network), torch.no_grad(), global_generators_kept(seed):
+            found: Tensor = network(x)
+            return found.cpu()
+
+    own = logits(0)
+    if not torch.equal(own, logits(1)):
+        return  # noise: no two answers are alike
+    with global_generators_kept():
+        predicted = own_logits(classifier, x.cpu())
+    if (apart := float((predicted - own).abs().max())) > 1e-3 * (1 + float(own.abs().max())):
+        remedy = "look at what its predict does beside its preprocessing and its model"
+        if isinstance(network.network, nn.Sequential):
+            remedy = (
+                "of an nn.Sequential ART calls the parts one by one, past its own forward and its hooks: put it into a module, "
+                "self.body = ..."
+            )
+        raise UnsupportedModelError(
+            f"classifier: got logits from predict that differ by {apart:.2g} from those of its model, which is what is trained, "
+            f"expected the same; {remedy}"
+        )
+
+
 def optimizer_settings(optimizer: Optimizer) -> dict[str, Any]:
-    """:return: The keywords that make another optimizer of the kind, beside its parameters."""
+    """:return: The keywords that make another optimizer of the kind, beside its parameters; nothing of them is shared."""
     accepted = inspect.signature(type(optimizer).__init__).parameters  # AdamW's defaults hold more than it takes
-    return {key: value for key, value in optimizer.defaults.items() if key in accepted}
+    return {
+        key: deepcopy(value) for key, value in optimizer.defaults.items() if key in accepted
+    }  # a rate may be a tensor
 
 
 def check_optimizer(network: ClassifierNetwork, classifier: PyTorchClassifier) -> None:
     """
     Refuse an optimizer of another network's weights, and warn of trainable weights that it leaves out.
 
-    :raises InputError: When it has none of the network's trainable parameters.
+    :raises InputError: When it has none of the network's trainable parameters, or wants a closure (LBFGS).
     """
+    closure = inspect.signature(classifier.optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        got = f"{type(classifier.optimizer).__name__}, which computes the loss several times a step"
+        raise _checks.refuse("optimizer", got, "one that takes a gradient", "take SGD or AdamW")
     known = {id(parameter) for group in classifier.optimizer.param_groups for parameter in group["params"]}
     trainable = [(name, p) for name, p in network.network.named_parameters() if p.requires_grad]
     left_out = [name for name, parameter in trainable if id(parameter) not in known]

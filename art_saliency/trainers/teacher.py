@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -69,8 +70,9 @@ def trained_teacher(
     train(
         teacher,
         Standard(),
+        # A rate that is a tensor is moved in place by a schedule: the teacher's must not be the network's own.
         type(optimizer)(
-            teacher.parameters(), **{**optimizer_settings(optimizer), "lr": optimizer.param_groups[0]["lr"]}
+            teacher.parameters(), **{**optimizer_settings(optimizer), "lr": deepcopy(optimizer.param_groups[0]["lr"])}
         ),
         batches,
         epochs=epochs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR, OneCycleLR
 
 from art_saliency import _checks
+from art_saliency.errors import NoEffectWarning
 
 __all__ = ["SCHEDULES", "Schedule"]
 
@@ -36,6 +38,10 @@ SCHEDULES: dict[str, Callable[[Optimizer, int], Any]] = {"cosine": _cosine, "ste
 "onecycle" rises to the optimizer's rate over the first 30 % and falls to almost 0."""
 
 
+def _takes_metric(scheduler: Any) -> bool:
+    return scheduler is not None and "metrics" in inspect.signature(scheduler.step).parameters
+
+
 class Schedule:
     """
     What the loop calls. A named schedule steps with the optimizer; a scheduler object steps once an epoch, as in ART.
@@ -57,13 +63,16 @@ class Schedule:
             for group in optimizer.param_groups:
                 group.pop("initial_lr", None)  # an earlier run's, which torch would take for this one's
             self.scheduler = SCHEDULES[scheduler](optimizer, steps)
-        self._takes_metric = (
-            self.scheduler is not None and "metrics" in inspect.signature(self.scheduler.step).parameters
-        )
+        self._takes_metric = _takes_metric(self.scheduler)
 
     @staticmethod
-    def checked(scheduler: Any) -> Any:
-        """Refuse what is neither a name nor a scheduler. :return: It."""
+    def checked(scheduler: Any, epochs: int | None = None) -> Any:
+        """
+        Refuse what is neither a name nor a scheduler, or one that goes by another metric than a loss or ends before the run; warn of
+        one that outlasts it.
+
+        :param epochs: Of the run, where they are known. :return: It.
+        """
         if isinstance(scheduler, str):
             _checks.one_of("scheduler", scheduler, SCHEDULES)
         elif scheduler is not None and not callable(getattr(scheduler, "step", None)):
@@ -72,6 +81,18 @@ class Schedule:
                 type(scheduler).__name__,
                 f"one of {', '.join(map(repr, SCHEDULES))} or an object with step()",
             )
+        elif scheduler is not None and epochs is not None:
+            name, once = type(scheduler).__name__, "a scheduler object is stepped once an epoch"
+            if _takes_metric(scheduler) and getattr(scheduler, "mode", "min") == "max":
+                raise _checks.refuse("scheduler", f"{name} of mode 'max'", "mode 'min'", "it is given the epoch's loss")
+            left = getattr(scheduler, "total_steps", None)
+            if isinstance(left, int) and (left := left - scheduler.last_epoch) != epochs:
+                said = f"{name} with {left} steps left", f"{epochs}, as many as epochs"
+                remedy = f"{once}: make it with total_steps={epochs}, or say 'onecycle'"
+                if left < epochs:
+                    raise _checks.refuse("scheduler", *said, remedy)
+                text = f"scheduler: got {said[0]}, expected {said[1]}; {remedy}"
+                warnings.warn(text, NoEffectWarning, stacklevel=4)
         return scheduler
 
     def after_step(self) -> None:
