@@ -75,6 +75,8 @@ def test_evaluate_measures_with_autoattack_and_refuses_to_replace_what_is_of_som
     low, high = result["autoattack"]["interval_95"]
     assert low <= result["autoattack"]["accuracy"] <= high
     assert result["autoattack_details"]["standard"] is True
+    assert main([*words, "--norm", "L2", "--eps", "1e300"]) == 2
+    assert "--eps: got 1e+300, expected 0 < --eps <= 1e+09" in capsys.readouterr().err
     before = (folder / "run" / "evaluation.json").read_bytes()
     for other, said in (
         (["--seed", "1"], "--seed"),
@@ -327,6 +329,14 @@ WRONG = {
     "data": (["train", "pgd-at", "--eps", "0.1", "--out", "OUT", "--data", "digit"], "did you mean 'digits'"),
     "file": (["train", "pgd-at", "--eps", "0.1", "--out", "OUT", "--data", "nowhere.npz"], "nowhere.npz"),
     "eps": (["train", "pgd-at", "--eps", "8", "--out", "OUT"], "eps: got 8, expected 0 <= eps <= 1"),
+    "workers": (
+        ["train", "pgd-at", "--eps", "0.1", "--workers", "-2", "--out", "OUT"],
+        "--workers: got -2, expected a",
+    ),
+    "more than there is memory": (
+        ["train", "pgd-at", "--eps", "0.1", "--width", "100000000", "--out", "OUT"],
+        "a smaller --batch-size, --width or --size",
+    ),
     "no step": (
         ["train", "pgd-at", "--eps", "0.1", "--set", "max_iter=0", "--out", "OUT"],
         "max_iter: got 0, expected a whole number, 1 <= max_iter <= 10000; without a step nothing is attacked",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -83,6 +84,13 @@ def _run(argv: Sequence[str] | None) -> int:
         what = " ".join((error.strerror or str(error)).split())
         where = "" if error.filename is None else f"{error.filename}: "
         print(f"art-saliency {args.command}: error: {where}{what}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        words = str(error).strip().partition("\n")[0]
+        if not isinstance(error, MemoryError) and not re.search("(allocate|out of|not enough) memory", words):
+            raise
+        remedy = "fewer images, or a smaller --batch-size, --width or --size, take less"
+        print(f"art-saliency {args.command}: error: out of memory ({words}); {remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"art-saliency {args.command}: interrupted", file=sys.stderr)

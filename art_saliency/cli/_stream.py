@@ -41,10 +41,18 @@ def device_augmentation(name: str) -> Augmentation | None:
 
 def training_data(args: argparse.Namespace) -> DataSet | StreamedSet:
     """:return: What ``--data`` names, in memory or streamed."""
+    from art_saliency import _checks
     from art_saliency.streaming import StreamedSet, open_data, split_augmentation
 
+    if args.workers is not None:
+        _checks.whole("--workers", args.workers)
     data = open_data(args.data, root=args.data_root, download=args.download, size=args.size, stream=args.stream)
     split_augmentation(args.augment, streamed=isinstance(data, StreamedSet))
+    if args.workers is not None and not isinstance(data, StreamedSet):
+        say(
+            args,
+            "--workers: nothing is decoded while it trains, all images are in memory (--stream streams a folder of pictures)",
+        )
     return data
 
 

@@ -123,7 +123,7 @@ def _checked(args: argparse.Namespace) -> list[Path]:
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise _checks.refuse("DIR", "the same run twice", "different runs")
     for folder in folders:
-        _checks.real("--eps", threat_of_run(args, page_of_run(folder)).eps, above=0)
+        _checks.real("--eps", threat_of_run(args, page_of_run(folder)).eps, above=0, most=1e9)  # as far as records go
         if args.full or args.force or not (folder / _PAGE).exists():
             writable("DIR", folder)  # a report takes the place of the old one as a whole
     return folders
