@@ -12,15 +12,17 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from art_saliency.augmentation import Augmentation
 from art_saliency.methods import OBJECTIVES
 from art_saliency.methods.base import LossTerms, Objective
 from art_saliency.methods.fsr import insert_fsr
+from art_saliency.networks import NETWORKS, build_network
 from art_saliency.randomness import RandomSource
 from art_saliency.training.averaging import ExponentialAverage
 from art_saliency.training.awp import WeightPerturbation
-from art_saliency.training.batches import ResidentBatches
+from art_saliency.training.batches import ResidentBatches, StreamedBatches
 from art_saliency.training.engine import Engine
 from art_saliency.training.extensions import Extension
 from art_saliency.training.loop import train
@@ -57,7 +59,42 @@ def _meta_device(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
 
 
+class Operations(TorchDispatchMode):
+    """The names of all operations that reach a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+
+UNREPEATABLE = {
+    "_adaptive_avg_pool2d_backward",
+    "adaptive_max_pool2d_backward",
+    "fractional_max_pool2d_backward",
+    "max_unpool2d",
+    "upsample_linear1d_backward",
+    "upsample_bilinear2d_backward",
+    "upsample_bicubic2d_backward",
+    "grid_sampler_2d_backward",
+    "reflection_pad1d_backward",
+    "reflection_pad2d_backward",
+    "nll_loss2d_forward",
+    "median",
+    "nanmedian",
+    "histc",
+    "bincount",
+    "put",
+    "put_",
+}
+"""What torch.use_deterministic_algorithms says that it refuses on a GPU, as far as a network of images may come to it."""
+
+
 def steps(objective: Objective, *, fsr: bool = False, maps: bool = False, **options) -> int:
+    """:return: How many were done. A deterministic run on a GPU would refuse none of their operations."""
     model, x = small_network(norm=True), torch.rand(4, 1, 8, 8)
     if fsr:
         insert_fsr(model, "features", 10, x, hidden=8)
@@ -75,7 +112,7 @@ def steps(objective: Objective, *, fsr: bool = False, maps: bool = False, **opti
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     counted = Counted()
     extensions = [*options.pop("extensions", ()), counted]
-    with pytest.raises(EnoughStepsError):
+    with Operations() as seen, pytest.raises(EnoughStepsError):
         train(
             model,
             objective,
@@ -87,6 +124,7 @@ def steps(objective: Objective, *, fsr: bool = False, maps: bool = False, **opti
             grad_clip=1.0,
             extensions=extensions,
         )
+    assert not seen.names & UNREPEATABLE
     return counted.steps
 
 
@@ -159,3 +197,48 @@ class Waiting(Objective):
 def test_that_would_be_seen(wait, said):
     with pytest.raises(RuntimeError, match=said):
         steps(Waiting(wait))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_deterministic_run_on_a_gpu_would_refuse_no_operation_of_our_networks(name):
+    model = build_network(name, num_classes=10, input_shape=(3, 32, 32), width=1).to(META)
+    with Operations() as seen:
+        model(torch.empty(2, 3, 32, 32, device=META)).sum().backward()
+    assert not seen.names & UNREPEATABLE
+
+
+@pytest.mark.parametrize(
+    ("refused", "layer"),
+    [
+        ("_adaptive_avg_pool2d_backward", nn.AdaptiveAvgPool2d(3)),
+        ("upsample_bilinear2d_backward", nn.Upsample(scale_factor=2, mode="bilinear")),
+    ],
+)
+def test_it_would_be_seen(refused, layer):
+    with Operations() as seen:
+        layer(torch.empty(2, 3, 8, 8, device=META, requires_grad=True)).sum().backward()
+    assert seen.names & UNREPEATABLE == {refused}
+
+
+class FromDevice(TorchDispatchMode):
+    """Copies to the host, which of the meta device there are none: whether each is waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.waited = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is not torch.ops.aten._to_copy.default or not args[0].is_meta:
+            return func(*args, **(kwargs or {}))
+        self.waited.append(not kwargs.get("non_blocking", False))
+        return torch.zeros_like(args[0], device=kwargs["device"])
+
+
+def test_what_a_loader_has_on_a_device_is_waited_for_by_a_network_on_the_host():
+    """A copy from a GPU that nobody waits for is read before it is there."""
+    pair = torch.empty(4, 1, 8, 8, device=META), torch.empty(4, dtype=torch.long, device=META)
+    batches = StreamedBatches(lambda: iter([pair]), lambda x, y: (x, y), steps_per_epoch=1, device=torch.device("cpu"))
+    with FromDevice() as copies:
+        (batch,) = batches.epoch(RandomSource(0))
+    assert batch.x.device == batch.y.device == torch.device("cpu")
+    assert copies.waited == [True, True]

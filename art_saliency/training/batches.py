@@ -160,10 +160,13 @@ def _fits(x: Tensor | ImageView, device: torch.device) -> bool:
 
 
 def _sent(batch: Tensor, device: torch.device) -> Tensor:
-    """:return: A batch on the device. What a GPU is sent from pinned memory travels while the host goes on."""
+    """
+    :return: A batch on the device. What a GPU is sent from pinned memory travels while the host goes on; what it sends is waited
+        for, as the host would read it before it has come.
+    """
     if device.type == "cuda" and batch.device.type == "cpu":
         batch = batch.pin_memory()
-    return batch.to(device, non_blocking=True)
+    return batch.to(device, non_blocking=device.type != "cpu")
 
 
 class StreamedBatches:
