@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -16,11 +17,10 @@ from art_saliency.methods.base import Batch
 from art_saliency.modes import full_float32
 from art_saliency.networks import art_device_type
 from art_saliency.randomness import RandomSource
-from art_saliency.trainers.methods import PGDATTrainer
 from art_saliency.trainers.runs import make_classifier
 from art_saliency.training import Extension
 from tests.helpers import spell
-from tests.method_settings import small_network
+from tests.method_settings import ROWS, small_network
 
 SMALL = {"network": "small-cnn", "width": 4, "eps": 0.2, "quiet": True}
 
@@ -46,12 +46,12 @@ def test_the_command_line_trains_evaluates_and_loads(device, tmp_path, capsys):
     capsys.readouterr()
 
 
-def fit(digits, *, model=None, trainer=PGDATTrainer, epochs=2, **options):
+def fit(digits, *, name="pgd-at", epochs=2, **options):
     torch.manual_seed(0)
-    model = small_network(norm=True) if model is None else model
+    model = small_network(norm=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     classifier = make_classifier(model, input_shape=(1, 8, 8), num_classes=10, optimizer=optimizer, device="cuda")
-    trained = trainer(classifier, eps=0.1)
+    trained = ROWS[name].trainer(classifier, **{**ROWS[name].settings, "eps": 0.1})
     trained.fit(digits[0][:512], digits[1][:512], batch_size=64, nb_epochs=epochs, seed=0, verbose=False, **options)
     return trained, {name: value.cpu().clone() for name, value in model.state_dict().items()}
 
@@ -66,8 +66,9 @@ def test_every_way_of_computing_learns(digits, precision, channels_last):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("name", ROWS)
 def test_a_deterministic_run_repeats_and_an_interrupted_one_goes_on_bit_for_bit(
-    digits, tmp_path, monkeypatch, resident
+    digits, tmp_path, monkeypatch, name, resident
 ):
     class CrashAt(Extension):
         def after_step(self, run):
@@ -75,11 +76,12 @@ def test_a_deterministic_run_repeats_and_an_interrupted_one_goes_on_bit_for_bit(
                 raise KeyError
 
     monkeypatch.setattr("art_saliency.training.batches._fits", lambda x, device: resident)
-    _, expected = fit(digits, deterministic=True)
-    _, again = fit(digits, deterministic=True)
+    run = partial(fit, digits, name=name, deterministic=True)
+    _, expected = run()
+    _, again = run()
     with pytest.raises(KeyError):
-        fit(digits, deterministic=True, checkpoint_dir=tmp_path, checkpoint_every="3 steps", extensions=[CrashAt()])
-    _, resumed = fit(digits, deterministic=True, checkpoint_dir=tmp_path, checkpoint_every="3 steps", resume="must")
+        run(checkpoint_dir=tmp_path, checkpoint_every="3 steps", extensions=[CrashAt()])
+    _, resumed = run(checkpoint_dir=tmp_path, checkpoint_every="3 steps", resume="must")
     for found in (again, resumed):
         assert all(torch.equal(expected[name], value) for name, value in found.items())
 
