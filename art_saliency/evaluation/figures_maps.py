@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from art_saliency import _checks
-from art_saliency.evaluation.figures import likeness, show
+from art_saliency.evaluation.figures import class_words, likeness, show, wrapped
 from art_saliency.evaluation.saliency_maps import unit_maps
 from art_saliency.evaluation.saliency_metrics import consensus
 from art_saliency.files import write_file
@@ -56,25 +55,23 @@ def maps_panel(
 
     with evaluating(model), torch.no_grad():
         predicted = [model(images).argmax(1).tolist() for images in (x, x_adv)]
-    word = (lambda k: classes[k] if len(classes[k]) <= 12 else f"{classes[k][:11]}…") if classes else str
     columns, pair = 1 + len(maps), 2 * (_CELL + _TITLE) + _BETWEEN
     width = max(_LEFT + columns * (_CELL + _GAP), 4.2)
-    note = textwrap.wrap(_NOTE, round(24 * width))
-    height = _TOP + len(x) * pair + 0.1 * len(note)
+    title, note = wrapped(title, width, 10), wrapped(_NOTE, width, 6)
+    top = _TOP + 0.17 * title.count("\n")
+    height = top + len(x) * pair + 0.1 * len(note.split("\n"))
     figure = Figure(figsize=(width, height), dpi=160)
     FigureCanvasAgg(figure)
 
     def axis_at(image: int, version: int, column: int) -> Any:  # to the hundredth of an inch: no label meets another
-        down = _TOP + image * pair + version * (_CELL + _TITLE)
+        down = top + image * pair + version * (_CELL + _TITLE)
         left = _LEFT + column * (_CELL + _GAP)
         return figure.add_axes((left / width, 1 - (down + _CELL) / height, _CELL / width, _CELL / height))
 
     for image, version in itertools.product(range(len(x)), range(2)):
-        guess, true = predicted[version][image], int(y[image])
         axis = axis_at(image, version, 0)
-        show(axis, (x, x_adv)[version][image], f"{word(true)} → {word(guess)}", vmin=0, vmax=1, cmap="gray")
-        axis.title.set_fontsize(min(8, 150 / len(axis.get_title())))  # two names side by side are as wide as the image
-        axis.title.set_color("#1b5e20" if guess == true else "#b00020")
+        show(axis, (x, x_adv)[version][image], vmin=0, vmax=1, cmap="gray")
+        class_words(axis, int(y[image]), predicted[version][image], classes)
         label = f"{names[image]}\n{('clean', 'adversarial')[version]}"
         axis.set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center", labelpad=6)
         for column, (name, both) in enumerate(maps.items(), start=1):
@@ -84,7 +81,7 @@ def maps_panel(
             picture = unit_maps(importance(both[version][image : image + 1]))[0]
             show(axis, picture, likeness(agreement) if version else head, vmin=0, vmax=1, cmap="magma")
     figure.suptitle(title, fontsize=10, y=1 - 0.1 / height, va="top")
-    figure.text(0.5, 0.05 / height, "\n".join(note), fontsize=6, ha="center", va="bottom")
+    figure.text(0.5, 0.05 / height, note, fontsize=6, ha="center", va="bottom")
     target = Path(path)
     write_file(target, lambda file: figure.savefig(file, format="png"))
     return target

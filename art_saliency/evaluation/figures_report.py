@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from art_saliency import _checks
 from art_saliency.attacks import margin
-from art_saliency.evaluation.figures import show
+from art_saliency.evaluation.figures import show, wrapped
 from art_saliency.evaluation.saliency_maps import loss_saliency
 from art_saliency.files import write_file
 from art_saliency.modes import evaluating
@@ -25,14 +25,24 @@ _MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")  # told apart without colour
 _GRID = 21  # points along each direction of a loss surface
 
 
-def _canvas(width: float, height: float) -> Any:
+def _canvas(width: float, height: float, title: str, fontsize: float = 9) -> Any:
+    """:return: A figure of a size in inches; each line that its title has beyond the first makes it higher."""
     _checks.optional("matplotlib", "eval", "Drawing a figure")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=160, layout="constrained")
+    title = wrapped(title, width, fontsize)
+    figure = Figure(figsize=(width, height + fontsize / 55 * title.count("\n")), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=fontsize)
     return figure
+
+
+def _named(axis: Any, names: Sequence[str], width: float) -> None:
+    """Name the places 0, 1, ... of an axis; where names of that length would meet, at a slant. :param width: Of the figure, in inches."""
+    slanted = len(names) * (max(map(len, names)) + 2) > 18 * (width - 0.8)  # letters an inch, beside the other axis
+    slant = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
+    axis.set_xticks(range(len(names)), names, fontsize=7, **slant)
 
 
 def _saved(figure: Any, path: str | Path) -> Path:
@@ -62,7 +72,7 @@ def accuracy_curve(
     :param title: Of the figure. :param label: Of the horizontal axis. :param logarithmic: Whether it is.
     :param marked: Where a vertical line is drawn, from which on the horizontal axis is logarithmic. :return: The path.
     """
-    figure = _canvas(5.2, 3.4)
+    figure = _canvas(5.2, 3.4, title)
     axis = figure.subplots()
     for number, (name, rows) in enumerate(curves.items()):
         points = sorted(rows)
@@ -89,7 +99,6 @@ def accuracy_curve(
     if marked is not None:
         axis.set_xlim(-0.15 * marked, 1.2 * max(ticks))
     axis.set(xlabel=label, ylabel="accuracy, %", ylim=(-3, 103))
-    axis.set_title(title, fontsize=9)
     axis.grid(alpha=0.25, lw=0.5)
     if len(curves) > 1:
         axis.legend(fontsize=7, loc="upper right")
@@ -103,7 +112,8 @@ def waterfall(rows: Mapping[str, Mapping[str, Any]], path: str | Path, *, title:
     :param rows: In order, with ``accuracy`` and ``interval_95``. :param path: The PNG. :param title: Of the figure.
     :return: The path.
     """
-    figure = _canvas(0.75 * len(rows) + 2.2, 3.2)
+    width = 0.75 * len(rows) + 2.2
+    figure = _canvas(width, 3.2, title)
     axis = figure.subplots()
     names = list(rows)
     values, below, above = zip(*(_bounds(rows[name]) for name in names), strict=True)
@@ -121,9 +131,8 @@ def waterfall(rows: Mapping[str, Mapping[str, Any]], path: str | Path, *, title:
         axis.plot((place, place + 1), (first, first), color="0.4", lw=0.7, ls=":")
         if first - second >= 0.05:
             axis.text(place + 0.5, first + 1.5, f"-{first - second:.1f}", ha="center", fontsize=7, color="#b00020")
-    axis.set_xticks(range(len(names)), names, fontsize=7, rotation=20 if len(names) > 5 else 0)
+    _named(axis, names, width)
     axis.set(ylabel="accuracy, %", ylim=(0, 108))
-    axis.set_title(title, fontsize=9)
     return _saved(figure, path)
 
 
@@ -188,7 +197,8 @@ def loss_surface_figure(
 
     :param x: (N, C, H, W), one panel each. :return: The path. The other parameters are those of :func:`loss_surface`.
     """
-    figure = _canvas(2.5 * len(x) + 0.8, 3.4)
+    note = "best wrong logit minus the true one; white: decision boundary; dashed: the ball"
+    figure = _canvas(2.5 * len(x) + 0.8, 3.4, f"{title}\n{note}", 8)
     panels = figure.subplots(2, len(x), squeeze=False, height_ratios=(1, 2.6))
     for column in range(len(x)):
         show(panels[0][column], x[column], f"class {int(y[column])}", vmin=0, vmax=1, cmap="gray")
@@ -207,9 +217,6 @@ def loss_surface_figure(
         axis.tick_params(labelsize=6)
         axis.set_aspect("equal")
         figure.colorbar(field, ax=axis, shrink=0.75).ax.tick_params(labelsize=6)
-    figure.suptitle(
-        f"{title}\nbest wrong logit minus the true one; white: decision boundary; dashed: the ball", fontsize=8
-    )
     return _saved(figure, path)
 
 
@@ -227,7 +234,8 @@ def side_by_side(
     :param networks: By name: for each measure a row with ``accuracy`` and ``interval_95``. :param path: The PNG.
     :param title: Of the figure. :param measures: Which, in order. :param words: What a measure is called. :return: The path.
     """
-    figure = _canvas(1.1 * len(networks) * len(measures) * 0.45 + 2.4, 3.4)
+    room = 0.5 * len(networks) * len(measures) + 2.4
+    figure = _canvas(room, 3.4, title)
     axis = figure.subplots()
     width = 0.8 / len(measures)
     for number, measure in enumerate(measures):
@@ -236,8 +244,9 @@ def side_by_side(
         shade = str(0.85 - 0.6 * number / max(1, len(measures) - 1))
         axis.bar(places, values, width=width, label=words(measure), color=shade, edgecolor="0.2", lw=0.6)
         axis.errorbar(places, values, yerr=(below, above), fmt="none", ecolor="#b00020", capsize=2, lw=0.9)
-    axis.set_xticks(range(len(networks)), list(networks), fontsize=7, rotation=20 if len(networks) > 4 else 0)
+    _named(axis, list(networks), room)
     axis.set(ylabel="accuracy, %", ylim=(0, 104))
-    axis.set_title(title, fontsize=9)
-    figure.legend(fontsize=7, ncols=len(measures), loc="outside lower center")
+    longest = max(len(words(measure)) for measure in measures)
+    fitting = max(1, int(18 * room / (longest + 7)))  # letters an inch; 7 for the patch and what is left free around it
+    figure.legend(fontsize=7, ncols=min(len(measures), fitting), loc="outside lower center")
     return _saved(figure, path)
