@@ -20,7 +20,7 @@ from art_saliency.evaluation.accuracy import binomial_interval
 from art_saliency.evaluation.paired import paired_difference
 from art_saliency.gradients import cosine
 from art_saliency.modes import full_float32
-from art_saliency.randomness import RandomSource, normal
+from art_saliency.randomness import RandomSource, normal, uniform
 from art_saliency.threat import ThreatModel
 
 RADII = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -85,37 +85,99 @@ def smoothness(lab: Laboratory) -> list[Check]:
 
 
 def true_gradients(lab: Laboratory) -> list[Check]:
-    """Whether what autograd returns is the gradient of the function that is attacked."""
+    """Whether what autograd returns is the gradient of the function that is attacked: at the images, and where attacks walk."""
     name = "gradients foretell small changes"
     threshold = f"suspicious when the forecast's mean error is above {_ASTRAY:.0%} of the mean change"
     meaning = (
         "A part of the network that is detached, or stands in for another in the backward pass, leaves gradients that are large, smooth and "
-        "of another function: attacks follow them past the errors that are there."
+        "of another function: attacks follow them past the errors that are there. Some do so only beside the images."
     )
     rows = lab.standing.nonzero()[:, 0].to(lab.x.device)
     if lab.randomised or not lab.differentiable or not len(rows):
         said = "a random network" if lab.randomised else "no gradient, or no image classified right"
         return [Check(name, NOT_RUN, said, threshold, meaning)]
-    x, y = lab.x[rows], lab.y[rows]
-    there, random = lab.gradients(x, y, margin), RandomSource(lab.seed, x.device)
+    random = RandomSource(lab.seed, lab.x.device)
+    around = lab.threat.random_start(lab.x[rows], random)
+    errors = {
+        "at the images": _astray(lab, lab.x[rows], rows, random),
+        "around them": _astray(lab, around, rows, random),
+    }
+    said = " and ".join(
+        f"not to be had {place} (gradients or logits are not finite)"
+        if error is None
+        else f"wrong by {100 * error:.0f} % {place}"
+        for place, error in errors.items()
+    )
+    status = (
+        SUSPICIOUS
+        if any(error is not None and error > _ASTRAY for error in errors.values())
+        else NOT_RUN
+        if None in errors.values()
+        else PASS
+    )
+    figure = f"linear forecast along {_DIRECTIONS} random directions {said}"
+    figures = {"forecast_error": errors["at the images"], "forecast_error_around": errors["around them"]}
+    return [Check(name, status, figure, threshold, meaning, figures)]
+
+
+def _astray(lab: Laboratory, x: Tensor, rows: Tensor, random: RandomSource) -> float | None:
+    """:return: The mean error of the margin's linear forecast over small random steps from images, relative to the mean change."""
+    y, changes, errors = lab.y[rows], [], []
+    there = lab.gradients(x, y, margin)
     length = min(1e-3, 0.06 / math.sqrt(x[0].numel()))  # of a step, a pixel: far below every radius, far above rounding
-    changes, errors = [], []
     with full_float32():
         for _ in range(_DIRECTIONS):
             step = length * normal(x, random)
             change = margin(lab.logits(x + step), y) - margin(lab.logits(x - step), y)
             changes.append(change.abs().mean())
             errors.append((change - 2 * (there * step).flatten(1).sum(1)).abs().mean())
-    error = _finite(torch.stack(errors).mean() / torch.stack(changes).mean().clamp_min(1e-30))
-    said = "not to be had (gradients or logits are not finite)" if error is None else f"wrong by {100 * error:.0f} %"
-    status = NOT_RUN if error is None else SUSPICIOUS if error > _ASTRAY else PASS
-    figure = f"linear forecast along {_DIRECTIONS} random directions {said}"
-    return [Check(name, status, figure, threshold, meaning, {"forecast_error": error})]
+    return _finite(torch.stack(errors).mean() / torch.stack(changes).mean().clamp_min(1e-30))
 
 
 # Of networks on digits, defended and not, whatever their activation, 0 to 2 %; of one with most of its input detached, or with
 # activations that jump, 77 to 99 %.
-_ASTRAY, _DIRECTIONS = 0.5, 8
+_ASTRAY, _DIRECTIONS = 0.5, 4
+
+
+def boundary(lab: Laboratory) -> list[Check]:
+    """Whether the margin says how near the decision boundary is: on the way to an image of another class it must come to 0."""
+    name = "margins lead to the boundary"
+    threshold = f"suspicious when, in the median, over {_LEAP:.0%} of the way's whole rise lies in the 1/{2**_HALVINGS} of it that holds the boundary"
+    meaning = (
+        "Attacks climb the margin to where the decision changes. One that leaps there, as after an argmax or under a steep squashing of "
+        "the logits, says nothing before it, and what gradients and queries climb may be something else that was added to it."
+    )
+    rows = lab.standing.nonzero()[:_PAIRS, 0].to(lab.x.device)
+    others = lab.logits(lab.x).argmax(1)[None] != lab.y[rows][:, None]
+    if lab.randomised or not len(rows) or not bool(others.any(1).all()):
+        said = "a random network" if lab.randomised else "no images that are given two classes, one of them right"
+        return [Check(name, NOT_RUN, said, threshold, meaning)]
+    x, y = lab.x[rows], lab.y[rows]
+    # of each image one of another class, by lot
+    end = lab.x[(others * (0.5 + uniform(others.float(), RandomSource(lab.seed, x.device)))).argmax(1)]
+
+    def along(way: Tensor) -> Tensor:
+        return margin(lab.logits(x + way.view(-1, *[1] * (x.ndim - 1)) * (end - x)), y)
+
+    low, high = torch.zeros(len(x), device=x.device), torch.ones(len(x), device=x.device)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        right = along(middle) < 0
+        low, high = torch.where(right, middle, low), torch.where(right, high, middle)
+    leap = (along(high) - along(low)) / (along(torch.ones_like(high)) - along(torch.zeros_like(low)))
+    leap = leap[torch.isfinite(leap)]
+    share = float(leap.median()) if len(leap) else None
+    status = NOT_RUN if share is None else SUSPICIOUS if share > _LEAP else PASS
+    figure = (
+        "logits are not finite"
+        if share is None
+        else f"{100 * share:.1f} % of the rise, in the median of {len(leap)} ways"
+    )
+    return [Check(name, status, figure, threshold, meaning, {"leap": share})]
+
+
+# Of a straight line it would be a thousandth.
+_LEAP, _HALVINGS, _PAIRS = 0.1, 10, 100
 
 
 def _mean_cosine(first: Tensor, second: Tensor) -> float | None:

@@ -203,6 +203,7 @@ _STEPS = (
     gradients.zero_gradients,
     gradients.smoothness,
     gradients.true_gradients,
+    gradients.boundary,
     gradients.plateau,
     gradients.single_step,
     gradients.random_noise,
