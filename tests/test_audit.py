@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import warnings
@@ -368,7 +369,8 @@ def test_a_network_that_gives_one_class_to_every_image_has_nothing_that_larger_b
     x, y, quick = torch.rand(100, 1, 8, 8), torch.full((100,), 3), AuditBudget(5, 1, 2, 2, 10)
     report = audit(OneClass(), x, y, eps=0.1, budget=quick, progress=False)
     check = next(check for check in report.checks if check.name == "accuracy falls to 0 as eps grows")
-    assert (report.verdict, check.status) == (CONSISTENT, "not run")
+    assert check.status == "not run"
+    assert report.verdict.startswith(f"{CONSISTENT}, on thin evidence: not run: accuracy falls to 0 as eps grows")
     assert "one class to every image" in check.figure
     x[0] = 0.0  # the same, but for an answer on one image that shows what every ball of the whole range holds
     seen = Before(OneClass(), lambda x: x)
@@ -580,6 +582,65 @@ def test_square_is_left_out_with_its_reason_where_it_cannot_run():
     assert found["L2"].status == "not run"
     assert "got images of 14 x 14 pixels, expected sides that Square's tiles" in found["L2"].figure
     assert found["Linf"].status == "pass"
+
+
+def test_consistent_without_any_black_box_attack_says_so():
+    """Square has no place for images of this size under L2."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(14 * 14, 10))
+    x, quick = torch.rand(100, 1, 14, 14), AuditBudget(max_iter=5, restarts=1, long=1, noise_draws=2, square_queries=5)
+    options = {"eps": 0.01, "norm": "L2", "budget": quick, "progress": False}
+    y = model(x).argmax(1)
+    thin = audit(model, x, y, **options)
+    assert thin.missing == ["no black-box attack was run"]
+    assert thin.verdict == f"{CONSISTENT}, on thin evidence: no black-box attack was run"
+    assert f"**Verdict: {thin.verdict}**" in thin.to_markdown()
+    assert thin.to_json()["missing"] == thin.missing
+    assert audit(model, x, y, transferred=torch.ones(100, dtype=torch.bool), **options).verdict == CONSISTENT
+    assert audit(model, x, y, **{**options, "norm": "Linf"}).verdict == CONSISTENT
+
+
+# --- what AutoAttack says of itself ----------------------------------------------------------------------------------------
+
+
+def test_what_autoattacks_own_square_finds_beyond_its_gradients_convicts(data):
+    quick = AuditBudget(max_iter=5, restarts=1, long=1, noise_draws=2, square_queries=5)
+    x, y = data[0][:60], data[1][:60]
+    name = "AutoAttack's Square finds little that its gradients miss"
+    options = {"eps": 0.1, "version": "custom", "attacks": ["apgd-ce", "square"], "progress": False}
+    for change, status in ((Turned.apply, "masked"), (lambda x: x, "pass")):
+        model = Before(trained("standard"), change)
+        found = autoattack(model, x, y, **options, square_queries=300)
+        report = audit(model, x, y, eps=0.1, autoattack_result=found, budget=quick, progress=False)
+        check = next(check for check in report.checks if check.name == name)
+        assert check.status == status, check.figure
+        told = [line for line in found.warnings if "Square Attack has decreased" in line]
+        assert told or status == "pass"
+        for line in told:  # its own words, in every form of the report
+            assert line in json.dumps(report.to_json())
+            assert line.partition(" See ")[0] in report.to_markdown()
+
+
+@pytest.mark.parametrize(("taken", "status"), [(1, "pass"), (3, "pass"), (6, "suspicious"), (20, "masked")])
+def test_a_few_images_of_autoattacks_square_are_no_sign(data, taken, status):
+    found = autoattack(trained("standard"), *(part[:100] for part in data), eps=0.01, version="custom",
+                       attacks=["apgd-ce"], progress=False)  # fmt: skip
+    left = {"apgd-ce": 0.5, "square": 0.5 - taken / 100}
+    (check,) = others.square_in_autoattack(dataclasses.replace(found, robust_accuracy_after=left))
+    assert check.status == status, check.figure
+    assert others.square_in_autoattack(found) == []
+    assert others.square_in_autoattack(None) == []
+
+
+def test_autoattacks_doubts_about_its_own_figure_are_reasons(data):
+    """Probabilities in the place of logits; the audit's own Square hears it, whether or not AutoAttack was run before."""
+    quick = AuditBudget(max_iter=5, restarts=1, long=1, noise_draws=2, square_queries=5)
+    x, y = data[0][:60], data[1][:60]
+    for change, doubted in ((lambda z: z.softmax(1), True), (lambda z: z.log_softmax(1), False)):
+        report = audit(After(trained("standard"), change), x, y, eps=0.1, budget=quick, progress=False)
+        assert ("AutoAttack's warnings" in report.reasons) is doubted
+        assert ("probability distribution" in report.to_markdown()) is doubted
+        assert ("probability distribution" in json.dumps(report.to_json())) is doubted
 
 
 def test_transfer_and_autoattack_join_the_evidence(data):

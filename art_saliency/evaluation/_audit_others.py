@@ -18,6 +18,7 @@ from art_saliency.attacks import AdaptiveAttack, AttackLoss, margin
 from art_saliency.evaluation._audit_check import GAP, NOT_RUN, ORDERS, PASS, SUSPICIOUS, Check, beats
 from art_saliency.evaluation._audit_copies import InTrainMode, SameNoise, smoothed_copy
 from art_saliency.evaluation._audit_laboratory import Attack, Laboratory
+from art_saliency.evaluation.autoattack import AutoAttackResult
 
 _ROUNDING = 1e-6  # of float32 pixels
 
@@ -118,6 +119,49 @@ def autoattack_gap(lab: Laboratory, found: Tensor | None, words: str) -> list[Ch
     if found is None:
         return [Check(name, NOT_RUN, "not measured", str(ORDERS), meaning)]
     return [beats(name, lab.strongest(), (words, lab.record(words, found)), meaning, GAP)]
+
+
+def square_in_autoattack(found: AutoAttackResult | None) -> list[Check]:
+    """Whether AutoAttack's Square still finds what the attacks before it missed."""
+    left = [] if found is None else list(found.robust_accuracy_after.items())
+    place = next((n for n, (attack, _) in enumerate(left) if attack == "square"), 0)
+    if found is None or not place:  # no attack came before it, or none of the images was left to it
+        return []
+    # Square gets what those before it left, so no image points the other way; the shares may be of more images than these.
+    count = len(found.correct)
+    before, after = (torch.arange(count) < round(share * count) for _, share in left[place - 1 : place + 1])
+    meaning = (
+        "In AutoAttack Square comes after gradient attacks and sees answers only. Where it still takes many images they were led astray, "
+        "and AutoAttack's own figure is too high: its authors ask for more queries or an adaptive attack."
+    )
+    ours = f"AutoAttack up to {left[place - 1][0]}"
+    name = "AutoAttack's Square finds little that its gradients miss"
+    return [beats(name, (ours, before.double()), ("Square after it", after.double()), meaning)]
+
+
+def autoattack_warns(*results: AutoAttackResult | None) -> list[Check]:
+    """What AutoAttack, and the Square of this audit, warned of in their own words."""
+    given = [result for result in results if result is not None]
+    if not given:
+        return []
+    lines = list(dict.fromkeys(line for result in given for line in result.warnings))
+    doubts = [line for line in lines if any(words in line for words in _UNDERMINE)]
+    return [
+        Check(
+            "AutoAttack's warnings",
+            SUSPICIOUS if doubts else PASS,
+            "; ".join(line.partition(" See ")[0] for line in lines) or "none",
+            "suspicious: outputs that are probabilities, work at inference time that looks like a dynamic defence, a state that changes, "
+            "images outside the threat model; what it says of Square, randomness and zero gradients is weighed by the checks of these",
+            "AutoAttack's figure rests on logits of a network that stays as it is. Where it says that it had none, the figure is no upper "
+            "bound that a better attack would come near to.",
+            {"warnings": lines},
+        )
+    ]
+
+
+# Square's, of randomness and of zero gradients are left to checks that measure how much there is: one image of a thousand is a warning.
+_UNDERMINE = ("probability distribution", "dynamic defense", "state_dict changed", "outside the threat model")
 
 
 def adaptive(lab: Laboratory, variants: Mapping[str, AdaptiveAttack]) -> list[Check]:

@@ -18,7 +18,7 @@ from art_saliency import _checks
 from art_saliency.attacks import AdaptiveAttack, AttackLoss, InnerAttack
 from art_saliency.evaluation import _audit_gradients as gradients
 from art_saliency.evaluation import _audit_others as others
-from art_saliency.evaluation._audit_check import MASKED, ORDERS, PASS, SUSPICIOUS, Check
+from art_saliency.evaluation._audit_check import MASKED, NOT_RUN, ORDERS, PASS, SUSPICIOUS, Check
 from art_saliency.evaluation._audit_laboratory import AuditBudget, Laboratory
 from art_saliency.evaluation._autoattack_guard import process_kept
 from art_saliency.evaluation._autoattack_memory import weights_sha256
@@ -33,7 +33,17 @@ from art_saliency.files import sha256_of_tensors
 from art_saliency.randomness import seed_everything
 from art_saliency.threat import ThreatModel
 
-__all__ = ["TOO_FEW", "VERDICTS", "AuditBudget", "AuditReport", "Check", "audit", "check_radius", "collect_variants"]
+__all__ = [
+    "THIN",
+    "TOO_FEW",
+    "VERDICTS",
+    "AuditBudget",
+    "AuditReport",
+    "Check",
+    "audit",
+    "check_radius",
+    "collect_variants",
+]
 
 VERDICTS = {
     PASS: "consistent with true robustness",
@@ -49,7 +59,9 @@ class AuditReport:
     What an audit found.
 
     :ivar verdict: A value of :data:`VERDICTS`, after :data:`TOO_FEW` where so few images are right that no difference between
-        attacks convicts, unless the gradients alone do. :ivar reasons: Names of the checks that decided it; empty when none did.
+        attacks convicts, unless the gradients alone do; where nothing was found but decisive checks could not be made, *consistent*
+        goes on with :data:`THIN` and what is missing. :ivar reasons: Names of the checks that decided it; empty when none did.
+    :ivar missing: What of the decisive evidence there is not, in words.
     :ivar checks: All of them. :ivar accuracies: Accuracy under each attack that ran, 0 to 1, with its 95 % interval.
     :ivar count: Images. :ivar smallest: The smallest difference, 0 to 1, that could have convicted with so many images.
     :ivar eps: In units of the [0, 1] pixel range. :ivar norm: ``"Linf"`` or ``"L2"``.
@@ -57,6 +69,7 @@ class AuditReport:
 
     verdict: str
     reasons: list[str]
+    missing: list[str]
     checks: list[Check]
     accuracies: dict[str, dict[str, Any]]
     count: int
@@ -83,6 +96,7 @@ class AuditReport:
             f"{self.count} images, {self.norm} eps {self.eps:g}; with so many, a difference below "
             f"{percent(self.smallest)} points cannot convict. {_CAUTION}",
             "",
+            *([f"Missing: {'; '.join(self.missing)}.", ""] if self.missing else []),
             markdown_table(("check", "status", "found"), [(c.name, c.status, c.figure) for c in self.checks], left=3),
         ]
         lines += [f"\n{c.name} ({c.threshold}). {c.meaning}" for c in self.checks if c.status in (SUSPICIOUS, MASKED)]
@@ -91,6 +105,20 @@ class AuditReport:
 
 TOO_FEW = "too few images to tell"
 """What a verdict says first that no comparison of attacks could have turned into a conviction."""
+
+THIN = "on thin evidence"
+"""What a verdict of *consistent* says last, with what is missing: that no sign was found says little where none could show."""
+
+_BLACK_BOX = {"gradients beat queries", "gradients beat transfer"}
+_DECISIVE = {
+    "gradients exist",
+    "loss linearity",
+    "gradients foretell small changes",
+    "accuracy falls to 0 as eps grows",
+    "copies of the network",
+    "nothing rests on noise that the attacker cannot know",
+}
+# Missing by design, and no gap: what a random network is asked in another way, a smoothed copy of what has no kink, figures not given.
 
 _CAUTION = "'Consistent' means that no sign of masking was found, which no set of attacks turns into a proof."
 
@@ -169,6 +197,7 @@ def audit(
             *_STEPS,
             partial(others.black_box, square=_scored(lab, square), transferred=transferred, needed=needed),
             partial(others.autoattack_gap, found=_scored(lab, found), words=words),
+            lambda _: others.square_in_autoattack(found) + others.autoattack_warns(found, square),
             partial(others.adaptive, variants=variants),
         ]
         bar.total = len(steps)
@@ -176,12 +205,14 @@ def audit(
         for step in steps:
             outcome += step(lab)
             bar.update()
+    missing = _missing(outcome, randomised=lab.randomised)
     status = next((s for s in (MASKED, SUSPICIOUS) if s in [c.status for c in outcome]), PASS)
     smallest = _smallest_conviction(len(images))
     too_few = status != MASKED and smallest > float(lab.clean.mean()) + 1e-9  # no attack can take more than is right
     return AuditReport(
-        verdict=f"{TOO_FEW}; {VERDICTS[status]}" if too_few else VERDICTS[status],
+        verdict=_verdict(status, missing, too_few=too_few),
         reasons=[c.name for c in outcome if c.status == status != PASS],
+        missing=missing,
         checks=outcome,
         accuracies={lab.title(name): _with_interval(score) for name, score in lab.scores.items()},
         count=len(images),
@@ -212,6 +243,21 @@ _STEPS = (
     others.other_views,
     others.randomness,
 )
+
+
+def _missing(checks: list[Check], *, randomised: bool) -> list[str]:
+    """:return: What of the decisive evidence could not be had, in words."""
+    left_out = [check.name for check in checks if check.status == NOT_RUN]
+    found = ["no black-box attack was run"] if set(left_out) >= _BLACK_BOX else []
+    asked = _DECISIVE - ({"gradients foretell small changes"} if randomised else set())
+    return found + [f"not run: {name}" for name in left_out if name in asked]
+
+
+def _verdict(status: str, missing: list[str], *, too_few: bool) -> str:
+    if too_few:
+        return f"{TOO_FEW}; {VERDICTS[status]}"
+    thin = f", {THIN}: {'; '.join(missing)}" if missing and status == PASS else ""
+    return f"{VERDICTS[status]}{thin}"
 
 
 def _scored(lab: Laboratory, result: AutoAttackResult | None) -> Tensor | None:

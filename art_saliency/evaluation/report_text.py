@@ -50,10 +50,11 @@ def _accuracies(page: Mapping[str, Any]) -> str:
 def _audit(page: Mapping[str, Any]) -> list[str]:
     audit = page["audit"]
     reasons = f" Because of: {'; '.join(audit['reasons'])}." if audit["reasons"] else ""
+    missing = f" Missing: {'; '.join(audit['missing'])}." if audit["missing"] else ""
     doubtful = [c for c in audit["checks"] if c["status"] in ("suspicious", "masked")]
     return [
         "## Are the gradients masked?",
-        f"**{audit['verdict']}**, on the first {audit['count']} images.{reasons} 'Consistent' means that no sign of masking was found, "
+        f"**{audit['verdict']}**, on the first {audit['count']} images.{reasons}{missing} 'Consistent' means that no sign of masking was found, "
         f"which no set of attacks turns into a proof. With so many images a difference below {percent(audit['smallest'])} points cannot "
         "convict.",
         markdown_table(
