@@ -388,9 +388,24 @@ def _results(runs: Runs) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+_LATER_CHECKS = ("gradients foretell small changes", "margins lead to the boundary")
+"""What the audit was taught after the first runs had been stored."""
+
+
+def _audited(runs: Runs) -> list[dict[str, Any]]:
+    return [run for found in runs.values() for those in found.values() for run in those if "audit" in run]
+
+
 def _audits(runs: Runs) -> list[str]:
     """Which networks the audit does not call consistent, and what it measured on them."""
-    lines: list[str] = []
+    made = [{check["name"] for check in run["audit"]["checks"]} for run in _audited(runs)]
+    lacking = {name: sum(name not in names for names in made) for name in _LATER_CHECKS}
+    lines = [
+        "An audit has the checks that there were when it was made: "
+        + "; ".join(f"*{name}* is not in {count} of {len(made)}" for name, count in lacking.items() if count)
+        + ".",
+        "",
+    ] * any(lacking.values())
     for grid, found in runs.items():
         audits = {arm: run["audit"] for arm, those in found.items() for run in those if "audit" in run}
         if not audits:
