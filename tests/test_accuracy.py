@@ -317,7 +317,7 @@ def test_a_bare_radius_is_refused_with_the_cure(trained, sample):
 def test_a_classifier_around_a_network_is_refused_with_the_cure(trained, sample, evaluate):
     classifier = PyTorchClassifier(trained, nn.CrossEntropyLoss(), tuple(sample[0].shape[1:]), 10, clip_values=(0, 1))
     with pytest.raises(
-        InputError, match=r"^model: got a PyTorchClassifier, expected a torch.nn.Module; pass classifier\.model, which"
+        InputError, match=r"^model: got a PyTorchClassifier, expected a torch.nn.Module; pass art_saliency\.network_of"
     ):
         evaluate(classifier, *sample)
     with pytest.raises(InputError, match=r"^model: got a str, expected a torch.nn.Module$"):

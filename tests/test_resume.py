@@ -266,7 +266,7 @@ def test_anew_means_anew_also_where_the_run_ends_before_its_own_first_checkpoint
 def test_the_same_objects_go_on_though_the_schedule_has_moved_them(digits, tmp_path, name):
     """As in a notebook, after Ctrl-C: rate and momentum stand where the run left them."""
     make = {
-        "onecycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=EPOCHS + 1),
+        "onecycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=EPOCHS),
         "cyclic": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=2),
         "plateau": lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, patience=0, threshold=1e9),
     }[name]

@@ -1139,10 +1139,10 @@ def test_a_scheduler_that_does_not_fit_the_epochs_is_refused_or_told(digits):
 
     fit(cycle, 3)
     with pytest.warns(
-        NoEffectWarning, match="OneCycleLR with 3 steps left, expected 2, as many as epochs; a scheduler"
+        NoEffectWarning, match="OneCycleLR of 3 steps, expected 2, as many as epochs; a scheduler"
     ):
         fit(cycle, 2)
-    with pytest.raises(InputError, match="OneCycleLR with 3 steps left, expected 4"):
+    with pytest.raises(InputError, match="OneCycleLR of 3 steps, expected 4"):
         fit(cycle, 4)
     with pytest.raises(InputError, match="ReduceLROnPlateau of mode 'max', expected mode 'min'"):
         fit(lambda optimizer: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max"), 1)

@@ -85,11 +85,12 @@ class Schedule:
             name, once = type(scheduler).__name__, "a scheduler object is stepped once an epoch"
             if _takes_metric(scheduler) and getattr(scheduler, "mode", "min") == "max":
                 raise _checks.refuse("scheduler", f"{name} of mode 'max'", "mode 'min'", "it is given the epoch's loss")
-            left = getattr(scheduler, "total_steps", None)
-            if isinstance(left, int) and (left := left - scheduler.last_epoch) != epochs:
-                said = f"{name} with {left} steps left", f"{epochs}, as many as epochs"
+            steps = getattr(scheduler, "total_steps", None)
+            # One that has moved may be that of a run which is gone on with, and is put back to where that was.
+            if isinstance(steps, int) and steps != epochs and scheduler.last_epoch == 0:
+                said = f"{name} of {steps} steps", f"{epochs}, as many as epochs"
                 remedy = f"{once}: make it with total_steps={epochs}, or say 'onecycle'"
-                if left < epochs:
+                if steps < epochs:
                     raise _checks.refuse("scheduler", *said, remedy)
                 text = f"scheduler: got {said[0]}, expected {said[1]}; {remedy}"
                 warnings.warn(text, NoEffectWarning, stacklevel=4)
