@@ -1138,9 +1138,7 @@ def test_a_scheduler_that_does_not_fit_the_epochs_is_refused_or_told(digits):
         return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=3)
 
     fit(cycle, 3)
-    with pytest.warns(
-        NoEffectWarning, match="OneCycleLR of 3 steps, expected 2, as many as epochs; a scheduler"
-    ):
+    with pytest.warns(NoEffectWarning, match="OneCycleLR of 3 steps, expected 2, as many as epochs; a scheduler"):
         fit(cycle, 2)
     with pytest.raises(InputError, match="OneCycleLR of 3 steps, expected 4"):
         fit(cycle, 4)
