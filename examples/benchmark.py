@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import json
 import multiprocessing
+import os
 import signal
 import sys
 import tempfile
@@ -261,6 +262,9 @@ def _answered(act: Callable[[], int]) -> int:
         return error.exit_code
     except ArtSaliencyError as error:
         print(f"error: {error}", file=sys.stderr)
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
     return 2
