@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-__all__ = ["Activation", "BasicBlock", "PreActBlock", "WideBlock", "group", "pooled"]
+__all__ = ["Activation", "ActivationFirst", "BasicBlock", "PreActBlock", "WideBlock", "group", "pooled"]
 
 Activation = Callable[[], nn.Module]
 """Makes an activation without parameters that does not work in place; called once for every place in a network."""
@@ -48,8 +48,8 @@ class BasicBlock(nn.Module):
         return out
 
 
-class PreActBlock(nn.Module):
-    """The activation comes first; the shortcut takes the block's input as it is."""
+class ActivationFirst(nn.Module):
+    """What the two blocks below have in common: the way beside the shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, act: Activation) -> None:
         super().__init__()
@@ -57,6 +57,13 @@ class PreActBlock(nn.Module):
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
         self.bn2, self.relu2 = nn.BatchNorm2d(outputs), act()
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+
+
+class PreActBlock(ActivationFirst):
+    """The activation comes first; the shortcut takes the block's input as it is."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, act: Activation) -> None:
+        super().__init__(inputs, outputs, stride, act)
         self.shortcut = nn.Sequential()
         if stride != 1 or inputs != outputs:
             self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False))
@@ -68,15 +75,11 @@ class PreActBlock(nn.Module):
         return out
 
 
-class WideBlock(nn.Module):
+class WideBlock(ActivationFirst):
     """The activation comes first; a shortcut that has a convolution takes the activated input."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, act: Activation) -> None:
-        super().__init__()
-        self.bn1, self.relu1 = nn.BatchNorm2d(inputs), act()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-        self.bn2, self.relu2 = nn.BatchNorm2d(outputs), act()
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        super().__init__(inputs, outputs, stride, act)
         same = stride == 1 and inputs == outputs
         self.convShortcut = None if same else nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
 

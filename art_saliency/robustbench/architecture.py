@@ -12,7 +12,7 @@ from art_saliency import architectures
 from art_saliency.errors import UnsupportedModelError
 from art_saliency.methods.fsr import FSRLayer, fsr_layers
 from art_saliency.methods.surgery import Inserted, inserted
-from art_saliency.residual_blocks import BasicBlock, PreActBlock, WideBlock, group, pooled
+from art_saliency.residual_blocks import ActivationFirst, BasicBlock, PreActBlock, WideBlock, group, pooled
 from art_saliency.robustbench import standalone
 from art_saliency.robustbench.user_source import UserSource, user_architecture
 from art_saliency.robustbench.writing import Architecture, buffers, factory, identifier, imported, sources, surgery
@@ -106,8 +106,8 @@ def _activation(network: nn.Module) -> tuple[str, str]:
 _NEEDS: dict[str, tuple[Any, ...]] = {
     "SmallCNN": (pooled, standalone.SmallCNN),
     "ResNet18": (pooled, group, BasicBlock, standalone.ResNet18),
-    "PreActResNet18": (pooled, group, PreActBlock, standalone.PreActResNet18),
-    "WideResNet": (pooled, group, WideBlock, standalone.WideResNet),
+    "PreActResNet18": (pooled, group, ActivationFirst, PreActBlock, standalone.PreActResNet18),
+    "WideResNet": (pooled, group, ActivationFirst, WideBlock, standalone.WideResNet),
 }
 
 

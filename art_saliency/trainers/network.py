@@ -184,9 +184,8 @@ def _check_same_function(network: ClassifierNetwork, classifier: PyTorchClassifi
 def optimizer_settings(optimizer: Optimizer) -> dict[str, Any]:
     """:return: The keywords that make another optimizer of the kind, beside its parameters; nothing of them is shared."""
     accepted = inspect.signature(type(optimizer).__init__).parameters  # AdamW's defaults hold more than it takes
-    return {
-        key: deepcopy(value) for key, value in optimizer.defaults.items() if key in accepted
-    }  # a rate may be a tensor
+    taken = {key: value for key, value in optimizer.defaults.items() if key in accepted}
+    return deepcopy(taken)  # a rate may be a tensor
 
 
 def check_optimizer(network: ClassifierNetwork, classifier: PyTorchClassifier) -> None:
