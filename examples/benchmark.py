@@ -26,12 +26,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarking.grids import GRIDS, Grid
 
 from art_saliency import _checks
 from art_saliency.errors import ArtSaliencyError, TrainingInterrupted
+
+if TYPE_CHECKING:
+    from art_saliency.data import DataSet
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -82,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     jobs = _checks.whole("--jobs", args.jobs, least=1)
     device = pick_device(args.device)
     _refuse_a_mixture(args.out / args.grid, device.type)
-    read_data(grid, args.data)  # what is wrong with it is said once, before there are processes
+    data = read_data(grid, args.data)  # what is wrong with it is said once, before there are processes
     args.out.mkdir(parents=True, exist_ok=True)
     asked = grid.runs if args.seeds is None else [(name, seed) for seed in args.seeds for name in grid.arms]
     asked = [
@@ -91,21 +94,21 @@ def run(args: argparse.Namespace) -> int:
         if name in arms and lacks(standing(args.out, args.grid, name, seed), grid, seed)
     ]
     if jobs == 1 or len(asked) < 2:
-        return _run_all(args, asked)
+        return _run_all(args, asked, data)
     with contextlib.ExitStack() as kept:
         if args.checkpoints is None:  # the processes hand each other the surrogates there
             args.checkpoints = Path(kept.enter_context(tempfile.TemporaryDirectory()))
         return _side_by_side(args, asked, min(jobs, len(asked)))
 
 
-def _run_all(args: argparse.Namespace, asked: Iterable[tuple[str, int]]) -> int:
+def _run_all(args: argparse.Namespace, asked: Iterable[tuple[str, int]], data: DataSet) -> int:
     import torch
-    from benchmarking.running import read_data, run_one
+    from benchmarking.running import run_one
 
     from art_saliency.cli._common import pick_device
 
     torch.set_num_threads(args.threads)
-    data, device = read_data(GRIDS[args.grid], args.data), pick_device(args.device)
+    device = pick_device(args.device)
     for name, seed in asked:
         began = time.perf_counter()
         page = run_one(args.grid, name, seed, data, args.out, device=device, checkpoints=args.checkpoints)
@@ -146,6 +149,8 @@ def _side_by_side(args: argparse.Namespace, asked: list[tuple[str, int]], jobs: 
 
 def _work(words: dict[str, Any], grid: Grid, asked: list[tuple[str, int]], taken: Any) -> None:
     """What each of several processes does."""
+    from benchmarking.running import read_data
+
     args = argparse.Namespace(**words)
     GRIDS[args.grid] = grid
 
@@ -157,7 +162,7 @@ def _work(words: dict[str, Any], grid: Grid, asked: list[tuple[str, int]], taken
                 return
             yield asked[number]
 
-    raise SystemExit(_answered(lambda: _run_all(args, next_ones())))
+    raise SystemExit(_answered(lambda: _run_all(args, next_ones(), read_data(grid, args.data))))
 
 
 def show(args: argparse.Namespace) -> int:

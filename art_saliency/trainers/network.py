@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from art_saliency import _checks
 from art_saliency.errors import NoEffectWarning, UnsupportedModelError
-from art_saliency.modes import evaluating, side_pass, training
+from art_saliency.modes import side_pass, training
 from art_saliency.networks import check_network, own_logits, pixel_range
 from art_saliency.randomness import global_generators_kept
 
@@ -157,17 +157,13 @@ def check_trainable(network: ClassifierNetwork, classifier: PyTorchClassifier) -
 
 def _check_same_function(network: ClassifierNetwork, classifier: PyTorchClassifier, x: Tensor) -> None:
     """Refuse a classifier that would be trained as another function than the one that it predicts with."""
-
-    def logits(seed: int) -> Tensor:
-        with evaluating(network), torch.no_grad(), global_generators_kept(seed):
-            found: Tensor = network(x)
-            return found.cpu()
-
-    own = logits(0)
-    if not torch.equal(own, logits(1)):
-        return  # noise: no two answers are alike
-    with global_generators_kept():
-        predicted = own_logits(classifier, x.cpu())
+    x = x.cpu()
+    with global_generators_kept(0):
+        own = own_logits(network, x)
+    with global_generators_kept(1):
+        if not torch.equal(own, own_logits(network, x)):
+            return  # noise: no two answers are alike
+        predicted = own_logits(classifier, x)
     if (apart := float((predicted - own).abs().max())) > 1e-3 * (1 + float(own.abs().max())):
         remedy = "look at what its predict does beside its preprocessing and its model"
         if isinstance(network.network, nn.Sequential):
